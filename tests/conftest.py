@@ -1,0 +1,24 @@
+"""Shared fixtures. One torch thread before torch is imported: two threads on a busy two-core machine cost 20x."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_global_state() -> Iterator[None]:
+    """Every test starts from the same seed and leaves the default dtype as it found it."""
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,66 @@
+"""Grouped-query attention with a slot for a zero-init prefix."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.nn.cache import KVCache
+from accessory.nn.linear import Linear
+from accessory.nn.rope import rotate
+
+
+class Attention(nn.Module):
+    """LLaMA's attention: H query heads share K key/value heads of width A.
+
+    Slot ``prefix``: a module called as ``prefix(q, attention, context)`` with rotated queries (B, H, T, A) that returns
+    (B, H, T, A), added before the output projection (``peft.prefix.ZeroInitPrefix``).
+    Head counts are never stored: reshapes infer them, so a tensor-parallel rank runs the same code on its slice.
+    """
+
+    prefix: nn.Module | None
+
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.wq = Linear(dim, n_heads * head_dim, bias=qkv_bias)
+        self.wk = Linear(dim, n_kv_heads * head_dim, bias=qkv_bias)
+        self.wv = Linear(dim, n_kv_heads * head_dim, bias=qkv_bias)
+        self.wo = Linear(n_heads * head_dim, dim)
+        self.register_module("prefix", None)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Split (B, T, heads * A) into (B, T, heads, A)."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Attend within (B, T, D) and the cached positions.
+
+        ``rope``: cos and sin (B, T, A/2). ``mask``: boolean, broadcastable to (B, H, T, S), True = may attend;
+        None = plain causal from position 0, or a single newest query that sees everything.
+        ``context``: (B, M, D) extra tokens for the prefix.
+        """
+        # (B, T, heads, A) -> (B, heads, T, A)
+        q = rotate(self.heads(self.wq(x)), *rope).transpose(1, 2)
+        k = rotate(self.heads(self.wk(x)), *rope).transpose(1, 2)
+        v = self.heads(self.wv(x)).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = attend(q, k, v, mask)
+        if self.prefix is not None:
+            y = y + self.prefix(q, self, context)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention of (B, H, T, A) over (B, K, S, A); ``mask`` None means causal (see above)."""
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )

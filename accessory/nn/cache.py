@@ -1,0 +1,56 @@
+"""The key/value cache: an argument of the forward, never state of a layer."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of all layers, (layers, B, K, S, A), allocated once for S positions.
+
+    A forward writes its T new positions with :meth:`append`, layer by layer, and :meth:`advance` moves the end once.
+    :meth:`truncate` forgets the newest positions, so that a chat can drop the tail that it does not share with the
+    next turn.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        batch: int,
+        max_length: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (n_layers, batch, n_kv_heads, max_length, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def max_length(self) -> int:
+        """Positions that fit."""
+        return self.keys.shape[3]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, K, T, A) after the cached positions of ``layer``; return all so far, (B, K, length + T, A).
+
+        Raises:
+            ValueError: when the positions do not fit.
+        """
+        end = self.length + k.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} positions, {end} are needed")
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, n: int) -> None:
+        """Make the last ``n`` appended positions permanent."""
+        self.length += n
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
+        self.length = length

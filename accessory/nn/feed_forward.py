@@ -1,0 +1,35 @@
+"""The gated feed-forward layer of the LLaMA family (SwiGLU, Shazeer 2020; GeGLU for Gemma)."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.nn.linear import Linear
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class FeedForward(nn.Module):
+    """``w2(act(w1 x) * w3 x)``: w1 is the gate, w3 the up and w2 the down projection, as in Meta's naming."""
+
+    def __init__(self, dim: int, hidden: int, activation: Activation = "silu") -> None:
+        super().__init__()
+        self.w1 = Linear(dim, hidden)
+        self.w2 = Linear(hidden, dim)
+        self.w3 = Linear(dim, hidden)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        gate = self.w1(x)
+        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.w2(gate * self.w3(x))
+
+
+def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Meta's rule: two thirds of 4 x dim, times ``multiplier``, rounded up to ``multiple_of``."""
+    hidden = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * -(-hidden // multiple_of)

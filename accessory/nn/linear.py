@@ -1,0 +1,32 @@
+"""The one linear layer: a weight, and the slots that tuning methods fill."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """``y = scale * (W x + b + delta(x))`` where ``scale`` and ``delta`` are empty slots until something is attached.
+
+    The slots are registered here and not declared as class attributes: a class attribute of the same name would
+    shadow a sub-module that is assigned later, and the layer would silently ignore it.
+
+    ``delta``: any module mapping (..., in_features) to (..., out_features), e.g. ``peft.lora.LowRank``.
+    ``scale``: a parameter (out_features) or None (LLaMA-Adapter V2's scale tuning).
+    """
+
+    delta: nn.Module | None
+    scale: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_module("delta", None)
+        self.register_parameter("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.delta is not None:
+            y = y + self.delta(x)
+        if self.scale is not None:
+            y = y * self.scale
+        return y

@@ -1,0 +1,118 @@
+"""From a dialogue to ids, labels and tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from accessory.data.image import open_picture
+from accessory.data.rows import RowRejected as RowRejected
+from accessory.data.template import BOS, Control, Segment, Template, render
+from accessory.data.tiling import TilingConfig, cut
+from accessory.data.tokenizer import Tokenizer
+from accessory.schema import Encoded, Picture, Sample, Turn
+from accessory.tokens import IGNORE, IMAGE, IMAGE_END, IMAGE_START, SKIP
+
+
+class Encoder:
+    """Writes a sample as ids with placeholders, labels on what the assistant says, and its real tiles.
+
+    A real tile becomes ``tokens_per_tile`` image placeholders (between a start and an end placeholder when
+    ``start_end``), a blank one a single skip placeholder. Rows longer than ``max_length`` positions are rejected, or
+    with ``over_length="drop_turns"`` lose their last turns as long as these hold no picture. No run is ever cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        tiling: TilingConfig,
+        tokens_per_tile: int,
+        max_length: int,
+        start_end: bool = False,
+        over_length: Literal["reject", "drop_turns"] = "reject",
+    ) -> None:
+        if tokens_per_tile < 1 or max_length < 2:
+            raise ValueError(f"tokens_per_tile {tokens_per_tile} must be at least 1 and max_length {max_length} 2")
+        if over_length not in ("reject", "drop_turns"):
+            raise ValueError(f"over_length must be 'reject' or 'drop_turns', got {over_length!r}")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.tiling = tiling
+        self.tokens_per_tile = tokens_per_tile
+        self.max_length = max_length
+        self.start_end = start_end
+        self.over_length = over_length
+
+    def encode(self, sample: Sample, *, generate: bool = False) -> Encoded:
+        """The sample's row; with ``generate`` it ends with the assistant's prompt. Raises :class:`RowRejected`."""
+        try:
+            return self._encode(sample, generate)
+        except RowRejected:
+            raise
+        except ValueError as error:
+            raise RowRejected(str(error), sample.source, sample.index) from error
+
+    def _encode(self, sample: Sample, generate: bool) -> Encoded:
+        turns = sample.turns
+        row = self.row(turns, generate=generate)
+        while len(row.ids) > self.max_length:
+            shorter = () if generate or self.over_length == "reject" else _without_last_exchange(turns)
+            if not shorter:
+                n, pictures = len(row.ids), int((row.ids < 0).sum())
+                raise ValueError(f"{n} positions ({pictures} of them pictures), the limit is {self.max_length}")
+            turns = shorter
+            row = self.row(turns)
+        if not generate and not bool((row.labels != IGNORE).any()):
+            raise ValueError("nothing to learn: the assistant says nothing")
+        return replace(row, source=sample.source, index=sample.index)
+
+    def row(self, turns: Sequence[Turn], *, generate: bool = False) -> Encoded:
+        """Ids, labels and tiles of turns, whatever their length."""
+        ids: list[int] = []
+        labels: list[int] = []
+        tiles: list[torch.Tensor] = []
+        glued = False  # whether a text now continues an earlier one
+        answered = any(t.role == "assistant" and t.text.strip() for t in turns)
+        for segment in render(self.template, turns, generate=generate):
+            piece = self._ids(segment, glued, tiles)
+            ids += piece
+            labels += piece if segment.learn and answered else [IGNORE] * len(piece)
+            if isinstance(segment.content, str):
+                glued = True
+            elif segment.content == BOS:
+                glued = False
+        empty = torch.zeros(0, 3, self.tiling.size, self.tiling.size)
+        return Encoded(
+            torch.tensor(ids, dtype=torch.long),
+            torch.tensor(labels, dtype=torch.long),
+            torch.cat(tiles) if tiles else empty,
+        )
+
+    def _ids(self, segment: Segment, glued: bool, tiles: list[torch.Tensor]) -> list[int]:
+        content = segment.content
+        if isinstance(content, str):
+            return self.tokenizer.encode(content, glued=glued)
+        if isinstance(content, Control):
+            return [self.tokenizer.special(content.name)]
+        return self._picture(content, tiles)
+
+    def _picture(self, picture: Picture, tiles: list[torch.Tensor]) -> list[int]:
+        image = open_picture(picture.source)
+        plan = self.tiling.plan(*image.size)
+        tiles.append(cut(image, plan))
+        real = [IMAGE] * self.tokens_per_tile
+        if self.start_end:
+            real = [IMAGE_START, *real, IMAGE_END]
+        return [i for tile in plan.tiles for i in ([SKIP] if tile.blank else real)]
+
+
+def _without_last_exchange(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Turns up to the last answer but one; empty when there is none or a picture would be lost."""
+    ends = [i + 1 for i, t in enumerate(turns) if t.role == "assistant" and i + 1 < len(turns)]
+    if not ends or any(t.pictures for t in turns[ends[-1] :]):
+        return ()
+    return tuple(turns[: ends[-1]])

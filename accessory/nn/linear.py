@@ -24,9 +24,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        y = F.linear(x, self.weight, self.bias)
+        # What tuning adds may be kept in fp32 on a bf16 layer, so it is cast on use.
+        y = F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         if self.delta is not None:
             y = y + self.delta(x)
         if self.scale is not None:
-            y = y * self.scale
+            y = y * self.scale.to(y.dtype)
         return y

@@ -72,7 +72,7 @@ def concepts(cache: Path | None = None) -> tuple[Concept, ...]:
 @functools.lru_cache(maxsize=4)
 def _concepts(root: str, folders: tuple[str, ...]) -> tuple[Concept, ...]:
     names = [Path(f).name for f in folders]
-    stored = Path(root) / "prepared" / f"concepts-{_digest([*names, 'no joined sequences'])}.json"
+    stored = Path(root) / "prepared" / f"concepts-{digest([*names, 'no joined sequences'])}.json"
     if stored.is_file():
         rows = json.loads(stored.read_text(encoding="utf-8"))
         return tuple(Concept(**{**r, "tags": tuple(r["tags"])}) for r in rows)
@@ -109,22 +109,31 @@ def pictures(style: str, size: int = DEFAULT_SIZE, cache: Path | None = None) ->
         raise ValueError(f"emoji size {size} is outside 16..512 pixels")
     root = cache or default_cache()
     known = concepts(root)
-    digest = _digest([c.hexcode for c in known] + [asset_dir(ASSET_OF_STYLE[style], root).name])
-    stored = root / "prepared" / f"emoji-{style}-{size}-{digest}.npy"
-    if not stored.is_file():
+    mark = digest([c.hexcode for c in known] + [asset_dir(ASSET_OF_STYLE[style], root).name])
+    stored = root / "prepared" / f"emoji-{style}-{size}-{mark}.npy"
+
+    def draw() -> Pixels:
         source = _source(style, root)
-        drawn = np.stack([_fit(source[c.hexcode](size), size) for c in known])
+        return np.stack([fit(source[c.hexcode](size), size) for c in known])
+
+    return stored_pictures(stored, draw)
+
+
+def stored_pictures(stored: Path, draw: Callable[[], Pixels]) -> Pixels:
+    """The array in a file, memory-mapped and read-only; drawn and written first when the file is not there."""
+    if not stored.is_file():
 
         def save(path: Path) -> None:
             with path.open("wb") as handle:
-                np.save(handle, drawn)
+                np.save(handle, draw())
 
         write_atomically(stored, save)
     result: Pixels = np.load(stored, mmap_mode="r")
     return result
 
 
-def _digest(parts: list[str]) -> str:
+def digest(parts: list[str]) -> str:
+    """Eight hexadecimal digits that change with any of the parts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
@@ -150,7 +159,7 @@ def _source(style: str, root: Path) -> dict[str, Draw]:
     if style == "fluent":
         return {_key(p.stem): functools.partial(_open, p) for p in (folder / "assets").glob("*.webp")}
     if style == "openmoji":
-        return {_key(p.stem): functools.partial(_render_svg, p) for p in (folder / "color" / "svg").glob("*.svg")}
+        return {_key(p.stem): functools.partial(render_svg, p) for p in (folder / "color" / "svg").glob("*.svg")}
     fonts = sorted(folder.glob("**/NotoColorEmoji.ttf"))
     if fonts:
         return {k: functools.partial(_decode, png) for k, png in _font_bitmaps(fonts[0]).items()}
@@ -166,7 +175,8 @@ def _decode(png: bytes, _: int) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def _render_svg(path: Path, size: int) -> Image.Image:
+def render_svg(path: Path, size: int) -> Image.Image:
+    """A vector picture, RGBA, fitted into (size, size) with its aspect kept."""
     import resvg_py
 
     return _decode(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size)), size)
@@ -192,7 +202,7 @@ def _font_bitmaps(path: Path) -> dict[str, bytes]:
     return {key: bytes(strike[g].imageData) for key, g in glyph_of.items() if hasattr(strike.get(g), "imageData")}
 
 
-def _fit(picture: Image.Image, size: int) -> Pixels:
+def fit(picture: Image.Image, size: int) -> Pixels:
     """Scale into a square with transparent margins, aspect kept (size, size, 4)."""
     ratio = size / max(picture.size)
     shape = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))

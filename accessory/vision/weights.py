@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from accessory.vision.mixture import Mixture
 from accessory.vision.tower import Tower
+from accessory.vision.towers import OpenClipTower
 
 _LITE_DEPTHS = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}
 """Blocks a stage of EfficientNet-Lite by their total: 16 is lite0, 21 is lite1 and lite2."""
@@ -78,3 +81,108 @@ def _lite_key(key: str, depths: tuple[int, ...]) -> str:
     while stage < len(depths) and index >= depths[stage]:
         index, stage = index - depths[stage], stage + 1
     return f"blocks.{stage}.{index}.{names[match[2]]}.{match[3]}" if match[2] in names else key
+
+
+_CLIP_TEXT = re.compile(
+    r"token_embedding\.|transformer\.|positional_embedding$|text_projection|ln_final\.|logit_scale$"
+)
+
+
+def open_clip_visual(state: Mapping[str, Tensor], projected: bool = False) -> dict[str, Tensor]:
+    """The vision half of a CLIP checkpoint under the names of an OpenClipTower's model.
+
+    The text half goes, and ``visual.proj`` too unless the tower is ``projected``; anything else stays, to be
+    reported by the strict load.
+    """
+    kept = {k: v for k, v in state.items() if not _CLIP_TEXT.match(k) and (projected or k != "visual.proj")}
+    return {k.removeprefix("visual."): v for k, v in kept.items()}
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int], legacy: bool = False) -> Tensor:
+    """A DINOv2 position table (1, 1+p*p, C) resized bicubically to (1, 1+rows*cols, C), in float32, same dtype out.
+
+    ``legacy`` samples at the scale (rows + 0.1) / p, as the original DINOv2 code does; otherwise at rows / p, as
+    transformers does. A table that already fits comes back as it is.
+    """
+    side = math.isqrt(table.shape[1] - 1)
+    if side * side != table.shape[1] - 1:
+        raise ValueError(f"a position table of {table.shape[1]} rows is not a square grid and a class token")
+    if grid == (side, side):
+        return table
+    patches = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    if legacy:
+        scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+        patches = nn.functional.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        patches = nn.functional.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+_DINO_TOP = {
+    "mask_token": "embeddings.mask_token",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_DINO_BLOCK = {
+    "attn.proj": "attention.output.dense",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+    "mlp.w12": "mlp.weights_in",
+    "mlp.w3": "mlp.weights_out",
+}
+
+
+def dinov2(state: Mapping[str, Tensor], grid: tuple[int, int], legacy: bool = True) -> dict[str, Tensor]:
+    """DINOv2's own key names to those of transformers' Dinov2Model, positions resized to ``grid`` (rows, cols)."""
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+        if key == "cls_token":
+            out["embeddings.cls_token"] = value
+        elif key == "pos_embed":
+            out["embeddings.position_embeddings"] = resize_positions(value, grid, legacy)
+        elif block is None:
+            out[_DINO_TOP.get(key, key)] = value
+        elif match := re.fullmatch(r"attn\.qkv\.(weight|bias)", block[2]):
+            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                out[f"encoder.layer.{block[1]}.attention.attention.{name}.{match[1]}"] = part
+        else:
+            out[f"encoder.layer.{block[1]}.{_renamed(block[2], _DINO_BLOCK)}"] = value
+    return out
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key[len(old) :]
+    return key
+
+
+SPHINX_PREFIXES = ("clip", "openclip_convnext_xxl", "dinov2_vitg14", "qformer")
+"""Prefixes of the encoders in published SPHINX checkpoints; our mixtures name their members after them."""
+
+
+def load_sphinx(mixture: Mixture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fill a mixture in place from a SPHINX checkpoint (keys with or without ``llma.``); returns the other keys.
+
+    Strict over the encoders: ValueError lists every missing, unexpected or mis-shaped key, an encoder that the
+    mixture lacks included. The returned rest (language model, projections) is without the ``llma.`` prefix.
+    """
+    split: dict[str, dict[str, Tensor]] = {name: {} for name in SPHINX_PREFIXES}
+    rest: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name, _, tail = key.removeprefix("llma.").partition(".")
+        split.get(name, rest)[tail if name in split else key.removeprefix("llma.")] = value
+    renamed: dict[str, Tensor] = {}
+    for name, part in split.items():
+        if name in mixture.members:
+            tower = mixture.member(name)
+            if isinstance(tower, OpenClipTower):
+                part = open_clip_visual(part, tower.projected)
+            elif name == "dinov2_vitg14":
+                part = dinov2(part, tower.grid)
+        renamed.update({f"members.{name}.model.{k}": v for k, v in part.items()})
+    load_module(mixture, renamed, "the mixture")
+    return rest

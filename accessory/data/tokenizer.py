@@ -139,12 +139,14 @@ class _SentencePiece:
     """A sentencepiece ``.model`` file."""
 
     def __init__(self, proto: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+        import sentencepiece.sentencepiece_model_pb2 as protos
+        from sentencepiece import SentencePieceProcessor
 
         self._proto = proto
         self._full = SentencePieceProcessor(model_proto=proto)
-        model = sentencepiece_model_pb2.ModelProto.FromString(proto)
-        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece.Type
+        message: Any = protos
+        model = message.ModelProto.FromString(proto)
+        kinds = message.ModelProto.SentencePiece.Type
         self.control: dict[str, int] = {}
         for i, piece in enumerate(model.pieces):
             # A user-defined piece matches inside text; only runs of blanks are innocent, the rest mark structure.

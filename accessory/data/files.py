@@ -1,0 +1,130 @@
+"""Rows of JSON, JSONL, CSV, TSV and parquet files, by number."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Rows(Protocol):
+    """Rows by number; ValueError for a row that cannot be parsed."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def open_rows(path: Path) -> Rows:
+    """The rows of a file, by its ending; ValueError names the file when it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"no data file at {path}")
+    kind = path.suffix.lower()
+    try:
+        if kind == ".jsonl":
+            return JsonLines(path)
+        if kind == ".json":
+            return Listed(_json(path))
+        if kind in (".csv", ".tsv"):
+            with path.open(newline="", encoding="utf-8") as file:
+                return Listed(list(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")))
+        if kind == ".parquet":
+            return Parquet(path)
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    raise ValueError(f"{path}: a data file ends in .json, .jsonl, .csv, .tsv or .parquet")
+
+
+def _json(path: Path) -> list[Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); one object a line belongs in a .jsonl file") from error
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(data).__name__}")
+    return data
+
+
+def _mapping(row: object) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, got {type(row).__name__}")
+    return row
+
+
+class Listed:
+    """Rows held in memory."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _mapping(self._rows[index])
+
+
+class JsonLines:
+    """One object a line, read when asked for; only the lines' offsets are kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        offsets, position = [], 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    offsets.append(position)
+                position += len(line)
+        self._offsets = np.array(offsets, dtype=np.int64)
+        self._file: Any = None
+        self._owner = -1
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self._owner != os.getpid():  # a forked worker must not share the parent's file position
+            self._file, self._owner = self._path.open("rb"), os.getpid()
+        self._file.seek(int(self._offsets[index]))
+        try:
+            return _mapping(json.loads(self._file.readline()))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not valid JSON ({error})") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_owner": -1}
+
+
+class Parquet:
+    """Rows of a parquet file, one row group in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self._path = path
+        try:
+            meta = pyarrow.parquet.read_metadata(path)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path}: not a parquet file ({error})") from error
+        sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+        self._ends = np.cumsum(sizes) if sizes else np.zeros(0, dtype=np.int64)
+        self._group = -1
+        self._table: Any = None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import pyarrow.parquet
+
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        if group != self._group:
+            self._table = pyarrow.parquet.ParquetFile(self._path).read_row_group(group)
+            self._group = group
+        start = int(self._ends[group - 1]) if group else 0
+        return _mapping(self._table.slice(index - start, 1).to_pylist()[0])

@@ -1,0 +1,201 @@
+"""Batches of an endless mixture, encoded in worker processes; their order does not depend on how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from accessory.data.collate import collate
+from accessory.data.encode import Encoder
+from accessory.data.mixture import Ledger, Mixture, check_fingerprint
+from accessory.data.rows import RowRejected
+from accessory.schema import Batch, Encoded
+
+_CHUNK = 16  # draws a worker encodes at a time
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A chunk of encoded draws in four tensors, because every tensor sent between processes costs a file handle."""
+
+    draws: tuple[int, ...]
+    rows: tuple[tuple[str, int, int, int] | RowRejected, ...]  # source, index, positions, tiles; or why not
+    ids: torch.Tensor
+    labels: torch.Tensor
+    tiles: torch.Tensor
+
+
+class _Draws(Dataset[_Packed]):
+    """Encodes chunks of draws; what is wrong with a row travels back as a value."""
+
+    def __init__(self, mixture: Mixture, encoder: Encoder) -> None:
+        self._mixture = mixture
+        self._encoder = encoder
+
+    def __getitem__(self, draws: Sequence[int]) -> _Packed:
+        rows: list[tuple[str, int, int, int] | RowRejected] = []
+        kept: list[Encoded] = []
+        for k in draws:
+            try:
+                row = self._encoder.encode(self._mixture.sample(k))
+            except RowRejected as rejected:
+                rows.append(RowRejected(rejected.reason, rejected.source, rejected.index))  # without its traceback
+                continue
+            kept.append(row)
+            rows.append((row.source, row.index, len(row.ids), len(row.tiles)))
+        size = self._encoder.tiling.size
+        none = torch.zeros(0, dtype=torch.long)
+        return _Packed(
+            tuple(draws),
+            tuple(rows),
+            torch.cat([none, *(r.ids for r in kept)]),
+            torch.cat([none, *(r.labels for r in kept)]),
+            torch.cat([torch.zeros(0, 3, size, size), *(r.tiles for r in kept)]),
+        )
+
+
+def _unpack(packed: _Packed) -> Iterator[tuple[int, Encoded | RowRejected]]:
+    at = tile = 0
+    for k, row in zip(packed.draws, packed.rows, strict=True):
+        if isinstance(row, RowRejected):
+            yield k, row
+            continue
+        source, index, n, m = row
+        ids, labels, tiles = packed.ids[at : at + n], packed.labels[at : at + n], packed.tiles[tile : tile + m]
+        at, tile = at + n, tile + m
+        yield k, Encoded(ids, labels, tiles, source, index)
+
+
+def _same(packed: Any) -> Any:
+    return packed
+
+
+class Loader:
+    """Endless batches with the cursor of the last one handed out.
+
+    ``window`` batches are gathered and sorted by length so that rows of one batch are about equally long; 1 keeps the
+    draw order. Of ``world`` ranks each takes every world-th draw. ``state_dict`` belongs to the batches the caller
+    has received, however far the workers have read ahead.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        encoder: Encoder,
+        batch_size: int,
+        *,
+        num_workers: int = 0,
+        window: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        ledger: Ledger | None = None,
+    ) -> None:
+        if batch_size < 1 or window < 1 or not 0 <= rank < world:
+            raise ValueError(f"batch_size {batch_size} and window {window} must be at least 1, rank {rank} < {world}")
+        self.mixture = mixture
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.window = window
+        self.rank = rank
+        self.world = world
+        self.ledger = ledger or Ledger()
+        self._state: dict[str, Any] = {"step": 0, "given": 0, "ledger": self.ledger.state_dict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the caller stands: the rank's draw at which its window begins, and how many batches of it it has."""
+        return {
+            **self._state, "fingerprint": self.mixture.fingerprint(),
+            "batch_size": self.batch_size, "window": self.window, "world": self.world,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the batch after the last one received; ValueError when the stream would be another."""
+        check_fingerprint(self.mixture, state)
+        for key in ("batch_size", "window", "world"):
+            if state[key] != getattr(self, key):
+                raise ValueError(f"an exact resume needs the same {key}: {state[key]} then, {getattr(self, key)} now")
+        self._state = {k: state[k] for k in ("step", "given", "ledger")}
+
+    def __iter__(self) -> Iterator[Batch]:
+        step, skip = self._state["step"], self._state["given"]
+        self.ledger.load_state_dict(self._state["ledger"])
+        stream = self._encoded(step)
+        while True:
+            book = self.ledger.state_dict()
+            batches, following = self._window(stream, step)
+            for i, rows in enumerate(batches):
+                if i < skip:
+                    continue
+                done = i + 1 == len(batches)
+                self._state = (
+                    {"step": following, "given": 0, "ledger": self.ledger.state_dict()}
+                    if done
+                    else {"step": step, "given": i + 1, "ledger": book}
+                )
+                yield collate(rows, self.encoder.tokenizer.pad_id)
+            step, skip = following, 0
+
+    def _encoded(self, start: int) -> Iterator[tuple[int, Encoded | RowRejected]]:
+        loader: DataLoader[_Packed] = DataLoader(
+            _Draws(self.mixture, self.encoder),
+            batch_size=None,
+            sampler=_Chunks(start, self.rank, self.world),
+            num_workers=self.num_workers,
+            collate_fn=_same,
+        )
+        for packed in loader:
+            yield from _unpack(packed)
+
+    def _window(
+        self, stream: Iterator[tuple[int, Encoded | RowRejected]], start: int
+    ) -> tuple[list[list[Encoded]], int]:
+        """The next window's batches and the rank's draw that follows them; bad rows go to the ledger."""
+        rows: list[Encoded] = []
+        step = start
+        while len(rows) < self.batch_size * self.window:
+            k, row = next(stream)
+            step += 1
+            if isinstance(row, RowRejected):
+                self.ledger.reject(row, k)
+            else:
+                self.ledger.good()
+                rows.append(row)
+        if self.window > 1:
+            rows.sort(key=lambda r: len(r.ids))  # stable, so equal lengths keep their order
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        order = np.random.default_rng((self.mixture.seed, 2, start)).permutation(len(batches))
+        return [batches[i] for i in order], step
+
+
+class _Chunks:
+    """Endless chunks of one rank's draws."""
+
+    def __init__(self, start: int, rank: int, world: int) -> None:
+        self._start, self._rank, self._world = start, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self._start
+        while True:
+            yield [i * self._world + self._rank for i in range(step, step + _CHUNK)]
+            step += _CHUNK
+
+
+def loader(
+    mixture: Mixture,
+    encoder: Encoder,
+    batch_size: int,
+    num_workers: int = 0,
+    start: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Loader:
+    """A :class:`Loader`, continued from ``start`` (a ``state_dict``) where one is given."""
+    made = Loader(mixture, encoder, batch_size, num_workers=num_workers, **options)
+    if start is not None:
+        made.load_state_dict(start)
+    return made

@@ -1,0 +1,175 @@
+"""An endless weighted stream over sources in which draw k depends on nothing but the seed and k."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accessory.data.rows import RowRejected
+from accessory.data.sources import Source
+from accessory.schema import Sample
+
+BLOCK = 1024
+"""Every block of this many draws holds each source in exactly its share, shuffled; weights hold to one part in it."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which source, and which of its rows (beyond its length: a later epoch of an unbounded source)."""
+
+    source: int
+    row: int
+
+
+class Mixture:
+    """Draws by number. Each source walks its own shuffled epochs: no row comes twice before all came once."""
+
+    def __init__(self, sources: Sequence[Source], seed: int = 0) -> None:
+        if not sources:
+            raise ValueError("a mixture needs at least one source")
+        empty = [s.name for s in sources if len(s) == 0]
+        if empty:
+            raise ValueError(f"sources without rows: {', '.join(empty)}")
+        self.sources = tuple(sources)
+        self.seed = seed
+        self.quotas = _quotas([s.weight for s in sources])
+        self._epochs: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
+        self._block: tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
+
+    def draw(self, k: int) -> Draw:
+        """What draw ``k`` is, in constant time whatever came before."""
+        block, place = divmod(k, BLOCK)
+        if self._block is None or self._block[0] != block:
+            order = np.repeat(np.arange(len(self.sources)), self.quotas)
+            np.random.default_rng((self.seed, 0, block)).shuffle(order)
+            earlier = np.zeros(BLOCK, dtype=np.int64)
+            for s in range(len(self.sources)):
+                where = np.flatnonzero(order == s)
+                earlier[where] = np.arange(len(where))
+            self._block = (block, order, earlier)
+        source = int(self._block[1][place])
+        cursor = block * self.quotas[source] + int(self._block[2][place])
+        length = len(self.sources[source])
+        epoch, position = divmod(cursor, length)
+        row = int(self._order(source, epoch)[position])
+        return Draw(source, epoch * length + row if self.sources[source].unbounded else row)
+
+    def sample(self, k: int) -> Sample:
+        """The sample of draw ``k``; raises :class:`RowRejected` for a bad row."""
+        drawn = self.draw(k)
+        return self.sources[drawn.source][drawn.row]
+
+    def _order(self, source: int, epoch: int) -> np.ndarray[Any, Any]:
+        kept = self._epochs.get(source)
+        if kept is None or kept[0] != epoch:
+            rng = np.random.default_rng((self.seed, 1, source, epoch))
+            kept = self._epochs[source] = (epoch, rng.permutation(len(self.sources[source])))
+        return kept[1]
+
+    def fingerprint(self) -> str:
+        """Changes with whatever would make draw k another row: seed, sources, lengths, shares."""
+        facts = [self.seed, [(s.name, len(s), q) for s, q in zip(self.sources, self.quotas)]]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _quotas(weights: Sequence[float]) -> list[int]:
+    """Draws a block for each source: largest remainders, at least one each."""
+    if len(weights) > BLOCK:
+        raise ValueError(f"{len(weights)} sources, the limit is {BLOCK}")
+    shares = np.array(weights, dtype=np.float64)
+    if not np.isfinite(shares).all() or (shares <= 0).any():
+        raise ValueError(f"weights must be positive numbers, got {list(weights)}")
+    exact = shares / shares.sum() * BLOCK
+    quotas = np.maximum(1, np.floor(exact)).astype(int)
+    while quotas.sum() < BLOCK:
+        quotas[np.argmax(exact - quotas)] += 1
+    while quotas.sum() > BLOCK:
+        surplus = np.where(quotas > 1, quotas - exact, -np.inf)
+        quotas[np.argmax(surplus)] -= 1
+    return [int(q) for q in quotas]
+
+
+class Ledger:
+    """The book of rejected rows: reason, source and row of each, and a stop when they become too many."""
+
+    def __init__(self, path: Path | None = None, *, max_rate: float = 0.05, after: int = 200) -> None:
+        self.path = path
+        self.max_rate = max_rate
+        self.after = after
+        self.seen = 0
+        self.bad = 0
+
+    def good(self) -> None:
+        """Count a row that was used."""
+        self.seen += 1
+
+    def reject(self, row: RowRejected, draw: int) -> None:
+        """Record a row that was not; ValueError once more than ``max_rate`` of at least ``after`` rows are bad."""
+        self.seen += 1
+        self.bad += 1
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            entry = {"draw": draw, "source": row.source, "row": row.index, "reason": row.reason}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self.seen >= self.after and self.bad > self.max_rate * self.seen:
+            where = f"; the ledger is {self.path}" if self.path else ""
+            raise ValueError(
+                f"{self.bad} of {self.seen} rows were rejected, the limit is {self.max_rate:.0%}; last: {row}{where}"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Counts so far."""
+        return {"seen": self.seen, "bad": self.bad}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue counting."""
+        self.seen, self.bad = state["seen"], state["bad"]
+
+
+class Stream:
+    """Samples of a mixture in order, bad rows left out and booked; the cursor is the next draw."""
+
+    def __init__(self, mixture: Mixture, ledger: Ledger | None = None) -> None:
+        self.mixture = mixture
+        self.ledger = ledger or Ledger()
+        self.cursor = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        while True:
+            k, self.cursor = self.cursor, self.cursor + 1
+            try:
+                sample = self.mixture.sample(k)
+            except RowRejected as row:
+                self.ledger.reject(row, k)
+                continue
+            self.ledger.good()
+            yield sample
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {
+            "cursor": self.cursor, "fingerprint": self.mixture.fingerprint(), "ledger": self.ledger.state_dict()
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly there; ValueError when the mixture is not the one the state was taken from."""
+        check_fingerprint(self.mixture, state)
+        self.cursor = state["cursor"]
+        self.ledger.load_state_dict(state["ledger"])
+
+
+def check_fingerprint(mixture: Mixture, state: Mapping[str, Any]) -> None:
+    """ValueError when ``state`` was taken from another mixture, whose draw k is another row."""
+    now = mixture.fingerprint()
+    if state["fingerprint"] != now:
+        raise ValueError(
+            f"the data changed since the checkpoint (sources, lengths, weights or seed: {state['fingerprint']} then, "
+            f"{now} now); an exact resume needs the same data"
+        )

@@ -1,0 +1,66 @@
+"""``python -m accessory VERB``: one module of ``accessory.cli`` a verb, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+VERBS: tuple[tuple[str, str], ...] = (
+    ("train", "train what an experiment file says"),
+    ("chat", "talk about pictures in the terminal"),
+    ("evaluate", "score a model"),
+    ("fetch", "bring the default assets into the cache"),
+    ("convert", "change the layout of weights"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. 2 for a mistake of the user's (ValueError, one clear line), 130 for an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="accessory",
+        usage="python -m accessory VERB ...",
+        epilog="verbs:\n" + "\n".join(f"  {name:10} {text}" for name, text in VERBS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if not arguments or arguments[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    verb, names = arguments[0], [name for name, _ in VERBS]
+    if verb not in names:
+        near = difflib.get_close_matches(verb, names, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        print(f"error: unknown verb {verb!r}{hint} Verbs: {', '.join(names)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"accessory.cli.{verb}")
+    sub = parser.add_subparsers(dest="verb")
+    module.add_parser(sub)
+    sub.choices[verb].add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = _parse(parser, arguments)
+    try:
+        return int(module.main(args))
+    except ValueError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Also overrides that stand after options: argparse ends a list of positionals at the first option."""
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(args, "overrides") or any(r.startswith("-") for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

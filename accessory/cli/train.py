@@ -1,0 +1,31 @@
+"""``python -m accessory train exps/NAME.yaml [a.b=value ...]``: train what an experiment file says."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+
+from accessory import log
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = sub.add_parser("train", help="train what an experiment file says")
+    parser.add_argument("config", help="the experiment, a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace those of the file")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest or from a named checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and show the plan, but do not train")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train. 0 when done, also when asked to stop by SIGTERM (all is saved); 130 after Ctrl-C.
+
+    Under torchrun every rank runs this; only rank 0 logs.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        log.setup()
+    from accessory.train import run
+
+    result = run.main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
+    return 128 + signal.SIGINT if result is not None and result.reason == "SIGINT" else 0

@@ -1,0 +1,103 @@
+"""Process groups: who we are among the ranks, and the few collectives that training needs.
+
+On one process none of this touches ``torch.distributed``: no group exists and every function is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_BUCKET = 1 << 24  # elements of one flat all-reduce: 64 MB of fp32
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size`` ranks, and the device that it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def setup(device: str | None = None) -> World:
+    """Join the group that torchrun describes in the environment; without torchrun there is none.
+
+    ``device`` None takes the local rank's CUDA device where there is one, else the CPU. gloo serves the CPU, nccl CUDA.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    where = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    return World(rank(), world_size(), where)
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 on one process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce(tensor: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
+    """Sum or maximum over the ranks, in place; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return tensor
+
+
+def all_reduce_many(tensors: Sequence[Tensor]) -> None:
+    """Sum every tensor over the ranks, in place, a few large messages instead of many small ones."""
+    if world_size() == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        fits = buckets and size + tensor.numel() <= _BUCKET and buckets[-1][0].dtype == tensor.dtype
+        if not fits:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.numel()
+    return buckets
+
+
+def broadcast_many(tensors: Sequence[Tensor]) -> None:
+    """Give every rank the values of rank 0, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The picklable ``value`` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out

@@ -1,0 +1,387 @@
+"""The only training loop. It knows batches, an objective and trainable parameters, and nothing of what the model is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from accessory import config as configs
+from accessory import log
+from accessory.parallel import groups
+from accessory.schema import Batch
+from accessory.train import blocks as block_tools
+from accessory.train import checkpoint, rng
+from accessory.train.config import TrainConfig
+from accessory.train.metrics import Metrics, Window
+from accessory.train.objective import Objective
+from accessory.train.optim import Optimizer, check_names, learning_rate
+from accessory.train.signals import Interrupts
+
+LOG = log.get(__name__)
+
+
+class TrainingDiverged(ValueError):  # noqa: N818  (a state of the run, named as users speak of it)
+    """Loss or gradient is no longer a finite number. Nothing of the bad step was saved."""
+
+
+class BatchSource(Protocol):
+    """Batches for ever or for an epoch. The state is the place after the last batch that was handed out."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: ``reason`` is ``steps``, ``time``, ``SIGTERM`` or ``SIGINT``; ``row`` has the last numbers."""
+
+    step: int
+    reason: str
+    checkpoint: Path
+    final: Path | None
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls but does not know.
+
+    ``evaluate``: numbers to log, every ``eval_every`` updates and at the end, without gradients in eval mode.
+    ``blocks``: modules for block checkpointing and compilation. ``export``: tensors of the final export (default: the
+    trainable ones). ``resolved``: the configuration as YAML, kept beside every checkpoint. ``on_save``: called by rank
+    0 with the folder of the finished export (a model card, say).
+    """
+
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    blocks: Iterable[nn.Module] = ()
+    export: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
+    resolved: str = ""
+    on_save: Callable[[Path], None] | None = None
+
+
+def train(
+    model: nn.Module,
+    source: BatchSource,
+    objective: Objective,
+    config: TrainConfig,
+    *,
+    resume: str | None = None,
+    hooks: Hooks | None = None,
+) -> Result:
+    """Train the parameters of ``model`` that require a gradient. The model lies on its device already.
+
+    ``resume``: None, ``auto``, a run's folder or a checkpoint. The loss of an update is the sum over all learned tokens
+    of its micro-batches and ranks divided by their number.
+
+    Raises:
+        TrainingDiverged: for a loss or gradient that is not finite, naming the last good checkpoint and the samples.
+        CheckpointError: when a checkpoint cannot be written or resumed.
+    """
+    return Trainer(model, source, objective, config, hooks or Hooks(), resume).run()
+
+
+@dataclass
+class _Clock:
+    """Seconds of training, those before a resume included."""
+
+    before: float = 0.0
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+
+class Trainer:
+    """State of one run; :func:`train` is the way in."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: BatchSource,
+        objective: Objective,
+        config: TrainConfig,
+        hooks: Hooks,
+        resume: str | None = None,
+    ) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.model, self.source, self.objective, self.config, self.hooks = model, source, objective, config, hooks
+        self.output_dir = Path(config.output_dir)
+        self.optimizer = Optimizer(model, config)
+        self.device = next(iter(self.optimizer.parameters.values())).device
+        self.buffers = _trained_buffers(model)
+        self.step, self.clock, self.window = 0, _Clock(), Window()
+        self.saved: Path | None = None
+        self.row: dict[str, Any] = {}
+        self.versions = json.dumps(configs.versions(), indent=2)
+        rng.seed_all(config.seed + groups.rank())
+        groups.broadcast_many([p.data for p in (*self.optimizer.masters.values(), *self.buffers.values())])
+        self.optimizer.publish()
+        found = checkpoint.resolve(resume, self.output_dir)
+        history = 0 if found is None else self._resume(found)
+        self.metrics: Metrics | None = None
+        if groups.rank() == 0:
+            self.metrics = Metrics(self.output_dir, config.max_steps, self.step, history, config.tensorboard)
+        listed = list(hooks.blocks)
+        if config.block_checkpointing:
+            block_tools.checkpoint_blocks(listed)
+        if config.compile:
+            block_tools.compile_blocks(listed)
+        self._batches: Iterator[Batch] | None = None
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Train until the steps, the time or the user's patience end."""
+        try:
+            with Interrupts() as interrupts:
+                self.model.train()
+                while True:
+                    elapsed, number = self._agree(interrupts.received)
+                    reason = self._reason(elapsed, number)
+                    if reason is not None:
+                        return self._finish(reason)
+                    self._update(elapsed)
+                    if self.config.eval_every is not None and self.step % self.config.eval_every == 0:
+                        self._evaluate()
+                    if self.step % self.config.checkpoint_every == 0:
+                        self._save()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _agree(self, received: int) -> tuple[float, int]:
+        """Elapsed seconds and signal, the same on every rank: the largest that any of them saw."""
+        if groups.world_size() == 1:
+            return self.clock.elapsed, received
+        both = torch.tensor([self.clock.elapsed, float(received)], dtype=torch.float64, device=self.device)
+        elapsed, number = groups.all_reduce(both, "max").tolist()
+        return elapsed, int(number)
+
+    def _reason(self, elapsed: float, number: int) -> str | None:
+        if number:
+            return signal.Signals(number).name
+        if self.step >= self.config.max_steps:
+            return "steps"
+        limit = self.config.max_seconds
+        return "time" if limit is not None and elapsed >= limit else None
+
+    def _finish(self, reason: str) -> Result:
+        ended = reason in ("steps", "time")
+        if ended and self.hooks.evaluate is not None:
+            every = self.config.eval_every
+            if every is None or self.step % every:
+                self._evaluate()
+        path = self._save()
+        final = self._export() if ended else None
+        if self.metrics is not None:
+            if ended and self.optimizer.unseen:
+                names = sorted(self.optimizer.unseen)
+                LOG.warning("%d trainable parameters never received a gradient: %s", len(names), names[:8])
+            what = f"done ({reason})" if ended else f"stopped by {reason}, continue with --resume auto"
+            self.metrics.say(f"{what}: step {self.step}, saved {path}")
+        return Result(self.step, reason, path, final, self.row)
+
+    # --- one update ------------------------------------------------------------------------------------------------
+
+    def _update(self, elapsed: float) -> None:
+        begin = time.monotonic()
+        lr = learning_rate(self.config, self.step, elapsed)
+        sums, losses, sources, waited = self._accumulate()
+        count = sums["count"]
+        self._check(sums["loss"], losses, sources, count)
+        gradients = self.optimizer.gradients()
+        groups.all_reduce_many(gradients)
+        torch._foreach_div_(gradients, count)
+        norm, norms = self.optimizer.clip()
+        total = float(norm)
+        if not torch.isfinite(norm):
+            self._diverged(f"the gradient norm is {total}", sources)
+        self.optimizer.step(lr)
+        self.step += 1
+        self.window.add(sums, time.monotonic() - begin, waited)
+        if self.metrics is not None:
+            self.metrics.tick()
+        if self.step % self.config.log_every == 0 or self.step == self.config.max_steps:
+            self._log(lr, total, {f"grad_norm/{k}": float(v) for k, v in norms.items()} if len(norms) > 1 else {})
+
+    def _accumulate(self) -> tuple[dict[str, float], list[float], list[tuple[str, ...]], float]:
+        """Backward through a window. Returns sums over all ranks, this rank's losses and sources, seconds waited."""
+        sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        sources: list[tuple[str, ...]] = []
+        waited = 0.0
+        for _ in range(self.config.accumulation):
+            begin = time.monotonic()
+            batch = self._next()
+            waited += time.monotonic() - begin
+            tokens, images = batch.mask.sum(), batch.tiles.shape[0]
+            with self._precision():
+                loss, count, others = self.objective(self.model, batch.to(self.device))
+            if loss.requires_grad:  # a micro-batch may have nothing to learn on this rank
+                loss.backward()
+                self.optimizer.collect()
+            losses.append(loss.detach())
+            sources.append(batch.sources)
+            found = {"loss": loss.detach(), "count": count, "tokens": tokens, "images": images, **others}
+            for name, value in found.items():
+                value = torch.as_tensor(value, device=self.device).double()
+                sums[name] = sums[name] + value if name in sums else value
+        # One transfer for everything: a scalar read at a time would stall the device each time.
+        packed = groups.all_reduce(torch.stack(list(sums.values()))).tolist()
+        return dict(zip(sums, packed, strict=True)), torch.stack(losses).tolist(), sources, waited
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        # On the CPU the model carries its own dtypes: autocast there would convert frozen weights at every step.
+        if self.config.precision == "bf16" and self.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _next(self) -> Batch:
+        for _ in range(2):
+            if self._batches is None:
+                self._batches = iter(self.source)
+            batch = next(self._batches, None)
+            if batch is not None:
+                return batch
+            self._batches = None  # the epoch is over
+        raise ValueError("the data source yields no batch")
+
+    def _check(self, loss: float, losses: list[float], sources: list[tuple[str, ...]], count: float) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            bad = [s for value, s in zip(losses, sources, strict=True) if not torch.isfinite(torch.tensor(value))]
+            self._diverged(f"the loss is {loss}", bad)
+        if count <= 0:
+            raise ValueError(f"step {self.step + 1}: no token to learn in the batches of {_names(sources)}")
+
+    def _diverged(self, what: str, sources: list[tuple[str, ...]]) -> None:
+        everywhere = [s for part in groups.gather_objects(sources) for s in part]
+        good = checkpoint.latest(self.output_dir)
+        where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise TrainingDiverged(f"{what} at step {self.step + 1}; {where}; the batch came from {_names(everywhere)}")
+
+    # --- what is seen and kept -------------------------------------------------------------------------------------
+
+    def _log(self, lr: float, norm: float, norms: Mapping[str, float]) -> None:
+        elapsed = self.clock.elapsed
+        own = {"step": self.step, "lr": lr, "grad_norm": norm, **norms, "seconds": elapsed}
+        self.row = {**own, **self.window.row()}
+        self.window = Window()
+        if self.metrics is None:
+            return
+        self.metrics.write(self.row)
+        left = elapsed / self.step * (self.config.max_steps - self.step)
+        if self.config.max_seconds is not None:
+            left = min(left, self.config.max_seconds - elapsed)
+        self.metrics.show(self.row, left)
+
+    def _evaluate(self) -> None:
+        if self.hooks.evaluate is None:
+            return
+        self.model.eval()
+        with torch.no_grad(), self._precision():
+            found = {f"eval/{k}": float(v) for k, v in self.hooks.evaluate(self.model).items()}
+        self.model.train()
+        if self.metrics is not None:
+            self.metrics.write({"step": self.step, **found})
+            self.metrics.say(f"step {self.step} " + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
+
+    def trainable(self) -> dict[str, Tensor]:
+        """What training changes, by parameter name: fp32 masters and the running statistics of trained norms."""
+        return {**self.optimizer.masters, **self.buffers}
+
+    def _save(self) -> Path:
+        """Checkpoint this step, unless that is done. All ranks fail together, or none does."""
+        target = checkpoint.folder(self.output_dir, self.step)
+        if self.saved == target:
+            return target
+        ranks = groups.gather_objects({"data": self.source.state_dict(), "rng": rng.state()})
+        error: str | None = None
+        if self.metrics is not None:
+            state = {
+                "step": self.step,
+                "elapsed": self.clock.elapsed,
+                "history": self.metrics.position,
+                "window": self.window.state(),
+                "ranks": ranks,
+            }
+            content = checkpoint.Checkpoint(self.trainable(), self.optimizer.state(), state, self._texts())
+            try:
+                checkpoint.save(self.output_dir, self.step, content)
+                checkpoint.prune(self.output_dir, self.config.keep_last)
+            except checkpoint.CheckpointError as failure:
+                error = str(failure)
+        failed = groups.gather_objects(error)[0]
+        if failed:
+            raise checkpoint.CheckpointError(failed)
+        self.saved = target
+        return target
+
+    def _texts(self) -> dict[str, str]:
+        return {"config.yaml": self.hooks.resolved or configs.dump(self.config), "versions.json": self.versions}
+
+    def _export(self) -> Path:
+        """``final/``: the trainable part alone, with its configuration."""
+        target = self.output_dir / "final"
+        if self.metrics is not None:
+            state = self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
+            checkpoint.write_folder(target, {"trainable.safetensors": state}, self._texts())
+            if self.hooks.on_save is not None:
+                self.hooks.on_save(target)
+        return target
+
+    def _resume(self, path: Path) -> int:
+        """Take everything from a checkpoint. Returns the length of metrics.jsonl at that time."""
+        content = checkpoint.load(path)
+        own = self.trainable()
+        check_names(content.trainable, own, f"{path}/trainable.safetensors")
+        ranks = content.state["ranks"]
+        if len(ranks) != groups.world_size():
+            raise checkpoint.CheckpointError(
+                f"{path} was made by {len(ranks)} ranks, this run has {groups.world_size()}"
+            )
+        with torch.no_grad():
+            for name, value in content.trainable.items():
+                if value.shape != own[name].shape:
+                    raise ValueError(f"{path}: {name} has shape {list(value.shape)}, not {list(own[name].shape)}")
+                own[name].copy_(value)
+        self.optimizer.publish()
+        self.optimizer.load_state(content.optimizer)
+        mine = ranks[groups.rank()]
+        self.source.load_state_dict(mine["data"])
+        self.step, self.saved = content.state["step"], None
+        if path.resolve().parent == self.output_dir.resolve():
+            self.saved = path
+        self.clock = _Clock(before=content.state["elapsed"])
+        self.window = Window(**content.state["window"])
+        rng.restore(mine["rng"])
+        return int(content.state["history"])
+
+
+def _trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers of modules with a trainable parameter of their own: a batch norm's running statistics."""
+    keys = model.state_dict().keys()
+    out: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for name, value in module.named_buffers(prefix=prefix, recurse=False):
+                if name in keys:
+                    out[name] = value
+    return out
+
+
+def _names(sources: list[tuple[str, ...]]) -> str:
+    names = sorted({name for part in sources for name in part if name})
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return shown or "an unnamed source"

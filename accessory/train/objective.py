@@ -1,0 +1,123 @@
+"""What is minimised: the language loss on what the assistant says, and an optional alignment of pictures to names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.data.emoji import concepts
+from accessory.data.tokenizer import Tokenizer
+from accessory.models.align import Aligner
+from accessory.models.mllm import MLLM
+from accessory.schema import Batch
+from accessory.tokens import IGNORE, IMAGE
+
+
+class Objective(Protocol):
+    """What the loop minimises: ``(net, batch) -> (loss sum, count, metrics)``.
+
+    Loss and metrics are sums over the ``count`` learned tokens of the batch, so that windows and ranks add up exactly;
+    every call returns the same metrics.
+    """
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]: ...
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Classify a row's first picture among all emoji names, for rows whose first answer is one of them."""
+
+    weight: float = 1.0
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the parts. ``language`` 0 leaves the backbone out altogether (it warms up tower and projector)."""
+
+    language: float = 1.0
+    align: AlignConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.language < 0 or (self.language == 0 and self.align is None):
+            raise ValueError(f"objective: language weight {self.language} without align leaves nothing to learn")
+
+
+class DialogueObjective:
+    """Next-token loss on what the assistant says, beside the alignment of pictures where one is configured.
+
+    Without the language part the count is that of aligned rows instead of tokens.
+    """
+
+    def __init__(self, config: ObjectiveConfig, tokenizer: Tokenizer, cache: Path | None = None) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.cache = cache
+
+    def prepare(self, net: MLLM) -> None:
+        """Give ``net`` the auxiliary head that the alignment needs."""
+        if self.config.align is None:
+            return
+        names = [self.tokenizer.encode(c.label, glued=True) for c in concepts(self.cache)]
+        table = net.backbone.tok_embeddings.weight
+        net.aligner = Aligner(len(names), table.shape[1]).to(table.device)
+        net.aligner.set_answers(names, table.detach())
+
+    def __call__(self, model: MLLM, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]:
+        """Loss sum and count (scalars), and metrics as sums over the count."""
+        features = None if model.projector is None else model.encode(batch.tiles)
+        total = count = torch.zeros((), device=batch.ids.device)
+        metrics: dict[str, Tensor | float] = {}
+        if self.config.language:
+            loss, count = self._language(model, batch, features)
+            metrics["language"] = loss.detach()
+            total = loss * self.config.language
+        align = self.config.align
+        if align is not None and features is not None:
+            mean, rows, right = self._align(model, batch, features)
+            count = count if self.config.language else count + rows
+            metrics |= {"align": mean.detach() * count, "align_accuracy": right / max(rows, 1) * count}
+            total = total + align.weight * mean * count
+        return total, count, metrics
+
+    def _language(self, net: MLLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Rows are padded on the right, so causal attention never sees padding and needs no mask.
+        h = net(batch.ids, batch.tiles, features=features)
+        learned = batch.labels[:, 1:] != IGNORE
+        logits = net.logits(h[:, :-1][learned]).float()  # only where something is learned: V is most of the work
+        loss = F.cross_entropy(logits, batch.labels[:, 1:][learned], reduction="sum")
+        return loss, learned.sum()
+
+    def _align(self, net: MLLM, batch: Batch, features: Tensor) -> tuple[Tensor, int, int]:
+        """Mean loss over aligned rows, their number, and how many are right."""
+        assert isinstance(net.aligner, Aligner) and self.config.align is not None
+        tiles = (batch.ids == IMAGE).sum(1) // features.shape[1]
+        first = tiles.cumsum(0) - tiles
+        answers = [first_answer(row, self.tokenizer.eos_id) for row in batch.labels.tolist()]
+        target = net.aligner.targets(answers).masked_fill(tiles == 0, IGNORE)
+        use = target != IGNORE
+        if not bool(use.any()):
+            return features.float().sum() * 0, 0, 0
+        scores = net.aligner(features[first[use]])
+        loss = F.cross_entropy(scores, target[use], label_smoothing=self.config.align.smoothing)
+        return loss, int(use.sum()), int((scores.argmax(-1) == target[use]).sum())
+
+
+def first_answer(labels: list[int], end: int | None) -> list[int]:
+    """Tokens of the first learned run, up to the token that ends a turn."""
+    answer: list[int] = []
+    for label in labels:
+        if label == IGNORE:
+            if answer:
+                break
+        elif label == end:
+            break
+        else:
+            answer.append(label)
+    return answer

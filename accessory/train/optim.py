@@ -1,0 +1,174 @@
+"""The optimizer: which parameters decay, fp32 masters, the learning-rate schedule and clipping."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accessory.train.config import TrainConfig
+
+# Parts of a dotted name that mark a parameter as a vector or a gate in spirit, whatever its shape.
+_NO_DECAY = {"bias", "scale", "gate", "gates", "prefix", "skip", "queries"}
+_NO_DECAY |= {"start", "end", "start_img", "end_img", "image_start", "image_end"}
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: never to 1-D parameters, biases, norms, gates, prefixes and learned vectors."""
+    parts = name.split(".")
+    norm = any(p.startswith("norm") or p.endswith("norm") for p in parts)
+    return parameter.ndim > 1 and not norm and _NO_DECAY.isdisjoint(parts)
+
+
+def learning_rate(config: TrainConfig, step: int, elapsed: float) -> float:
+    """Learning rate of update ``step`` (from 0): linear warm-up, then half a cosine from ``lr`` to ``min_lr``.
+
+    With ``schedule_by='time'`` the cosine follows ``elapsed`` seconds over ``max_seconds``, or the steps where those
+    run out first.
+    """
+    c = config
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+    if c.schedule_by == "time" and c.max_seconds is not None:
+        done = max(done, elapsed / c.max_seconds)
+    return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class Optimizer:
+    """AdamW over the trainable parameters of a model, by name.
+
+    A trainable parameter that is not fp32 gets an fp32 master, which collects the gradients of a window and is what
+    AdamW updates; the parameter itself is its rounded copy. fp32 parameters are their own masters.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter: attach something or unfreeze some by pattern")
+        self.masters: dict[str, Tensor] = {
+            n: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for n, p in self.parameters.items()
+        }
+        self.unseen = set(self.parameters)  # names that never received a gradient
+        self.groups = _groups(self.parameters, config)
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [self.masters[n] for n in names], "lr_scale": scale, "weight_decay": decay}
+                for (_, scale, decay), names in self.groups.items()
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+
+    def collect(self) -> None:
+        """After each backward pass: add gradients of low-precision parameters to their masters."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            self.unseen.discard(name)
+            master = self.masters[name]
+            if master is not parameter:
+                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients of all masters in a fixed order, zeros where a window gave none (a text-only window, say)."""
+        out = []
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            out.append(master.grad)
+        return out
+
+    def clip(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scale the gradients down to ``clip_norm``. Returns the norm before, of all and of each group by its name."""
+        norms: dict[str, list[Tensor]] = {}
+        for (label, _, _), names in self.groups.items():
+            grads = [g for g in (self.masters[n].grad for n in names) if g is not None]
+            norms.setdefault(label, []).extend(torch._foreach_norm(grads))
+        per_group = {label: torch.linalg.vector_norm(torch.stack(parts)) for label, parts in norms.items()}
+        total = torch.linalg.vector_norm(torch.stack(list(per_group.values())))
+        limit = self.config.clip_norm
+        if limit is not None:
+            factor = (limit / (total + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(self.gradients(), factor)
+        return total, per_group
+
+    def step(self, lr: float) -> None:
+        """One update at learning rate ``lr``, then publish the masters and drop the gradients."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into their low-precision parameters."""
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's moments as flat tensors named ``<moment>/<parameter>``."""
+        out: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state[master].items():
+                out[f"{key}/{name}"] = value
+        return out
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave.
+
+        Raises:
+            ValueError: when the names are not those of the trainable parameters, or a shape differs.
+        """
+        moments: dict[str, dict[str, Any]] = {}
+        for key, value in state.items():
+            moment, _, name = key.partition("/")
+            moments.setdefault(name, {})[moment] = value
+        check_names(moments, self.masters, "the optimizer state")
+        for name, master in self.masters.items():
+            for moment, value in moments[name].items():
+                if moment != "step" and value.shape != master.shape:
+                    raise ValueError(f"{moment} of {name} has shape {list(value.shape)}, not {list(master.shape)}")
+            self.adamw.state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
+
+
+def check_names(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError listing the names that ``found`` lacks or has too many of."""
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{what} does not fit the model: {len(missing)} names missing {missing[:5]}, "
+            f"{len(extra)} unexpected {extra[:5]}"
+        )
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> dict[tuple[str, float, float], list[str]]:
+    """Names by (label, lr scale, weight decay); the label is the pattern, or ``main``."""
+    out: dict[tuple[str, float, float], list[str]] = {}
+    unused = {g.pattern for g in config.groups}
+    for name, parameter in parameters.items():
+        group = next((g for g in config.groups if fnmatch.fnmatchcase(name, g.pattern)), None)
+        decay = config.weight_decay if decays(name, parameter) else 0.0
+        key = ("main", 1.0, decay)
+        if group is not None:
+            own = decay if group.weight_decay is None else group.weight_decay
+            key = (group.pattern, group.lr_scale, own)
+        unused -= {g.pattern for g in config.groups if fnmatch.fnmatchcase(name, g.pattern)}
+        out.setdefault(key, []).append(name)
+    if unused:
+        bad = sorted(unused)[0]
+        near = difflib.get_close_matches(bad, list(parameters), n=3, cutoff=0.0)
+        raise ValueError(f"group pattern {bad!r} matches no trainable parameter; close names are {', '.join(near)}")
+    return out

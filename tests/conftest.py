@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +23,15 @@ def _clean_global_state() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def asset_cache() -> Path:
+    """The cache folder with every default asset but the language model and the encoder; a skip says what is missing."""
+    from accessory.data import assets
+
+    root = assets.default_cache()
+    missing = [n for n in assets.ASSETS if n not in ("smollm2", "efficientnet-lite0") and assets.find(n, root) is None]
+    if missing:
+        pytest.skip(f"assets not in {root}: {', '.join(missing)} (python -m accessory fetch)")
+    return root

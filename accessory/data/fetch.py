@@ -193,7 +193,7 @@ def unpack(asset: Asset, archive: Path, target: Path) -> None:
     try:
         for name, size, content in _members(asset, archive):
             parts = PurePosixPath(name.replace("\\", "/"))
-            if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0] or "\0" in name:
+            if not parts.parts or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0] or "\0" in name:
                 raise AssetError(f"{archive.name} holds the unsafe path {name!r}; refused")
             if asset.keep and not name.startswith(asset.keep) and parts.name.split(".")[0] not in LICENCES:
                 continue

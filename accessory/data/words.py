@@ -53,8 +53,9 @@ def font_paths(cache: Path | None = None) -> tuple[str, ...]:
 def draw_word(text: str, size: int, rng: np.random.Generator, cache: Path | None = None) -> Image.Image:
     """One word on a (size, size) RGB picture, wholly inside it. ``rng`` decides how it looks."""
     fonts = font_paths(cache)
-    font = _font(fonts[int(rng.integers(len(fonts)))], int(rng.integers(3, 8)) * 8)
-    weight = int(rng.integers(0, 3))
+    points = int(rng.integers(4, 8)) * 8
+    font = _font(fonts[int(rng.integers(len(fonts)))], points)
+    weight = int(rng.integers(0, 1 + points // 24))  # a thicker pen would close the eyes of a, e and o
     x1, y1, x2, y2 = font.getbbox(text, stroke_width=weight)
     width, height = int(x2 - x1) + 4, int(y2 - y1) + 4
     mask = Image.new("L", (width, height))
@@ -66,8 +67,8 @@ def draw_word(text: str, size: int, rng: np.random.Generator, cache: Path | None
             Image.Resampling.BILINEAR,
         )  # fmt: skip
     mask = mask.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BILINEAR, expand=True)
-    # As wide as the picture allows, down to half of that: letters stay legible after the tower's own resizing.
-    ratio = min((size - 4) / mask.width, (size - 4) / mask.height) * float(rng.uniform(0.55, 1.0))
+    # As wide as the picture allows, down to two thirds of that: letters stay legible after the tower's own resizing.
+    ratio = min((size - 4) / mask.width, (size - 4) / mask.height) * float(rng.uniform(0.65, 1.0))
     ratio = min(ratio, 0.55 * size / mask.height)
     mask = mask.resize((max(1, int(mask.width * ratio)), max(1, int(mask.height * ratio))), Image.Resampling.BILINEAR)
     back, ink = _colours(rng)

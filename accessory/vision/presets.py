@@ -75,6 +75,7 @@ PRESETS: dict[str, TowerConfig | MixtureConfig] = {
         (_resized(_CLIP), Member("openclip_convnext_xxl", _convnext(512)), _resized(_DINO)),
         (_resized(_QFORMER),),
     ),
+    "tiny": TowerConfig("timm", "convnext_atto", 64, _TINY_CONVNEXT),
     "tiny-lite": TowerConfig("timm", "tf_efficientnet_lite0", 64, {"indices": (1, 0), "norm": False, **_LITE}),
     "tiny-clip": TowerConfig("open_clip", "tiny", 32, {"config": _TINY_CLIP}),
     "tiny-sphinx": MixtureConfig(

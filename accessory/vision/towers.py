@@ -64,12 +64,15 @@ class TimmTower(Tower):
         maps = [_map_size(size, info[i]["reduction"]) for i in taken]
         goal = grid or (min(maps), min(maps))
         width = sum(_joined_width(info[i]["num_chs"], side, goal) for i, side in zip(taken, maps, strict=True))
-        cfg = body.pretrained_cfg
+        cfg = getattr(body, "pretrained_cfg", None) or {}
+        mean, std = mean or cfg.get("mean"), std or cfg.get("std")
+        if mean is None or std is None:
+            raise ValueError(f"{type(body).__name__} does not say its mean and std: give both")
         transformer = "return_prefix_tokens" in inspect.signature(body.forward_intermediates).parameters
         has_cls = transformer and getattr(body, "cls_token", None) is not None
         if has_cls and width != sum(info[i]["num_chs"] for i in taken):
             raise ValueError(f"grid {goal} folds the patches of a model with a class token, whose width would differ")
-        super().__init__(size, width, goal, mean or cfg["mean"], std or cfg["std"], has_cls, group)
+        super().__init__(size, width, goal, mean, std, has_cls, group)
         self.indices, self.norm, self.transformer = tuple(taken), norm, transformer
         head_norm = getattr(getattr(body, "head", None), "norm", None)
         body.prune_intermediate_layers(taken, prune_norm=not norm, prune_head=True)

@@ -126,12 +126,16 @@ _DINO_TOP = {
     "norm.bias": "layernorm.bias",
 }
 _DINO_BLOCK = {
-    "attn.proj": "attention.output.dense",
+    "attn.proj": "attention.o_proj",
     "ls1.gamma": "layer_scale1.lambda1",
     "ls2.gamma": "layer_scale2.lambda1",
-    "mlp.w12": "mlp.weights_in",
-    "mlp.w3": "mlp.weights_out",
+    "mlp.w3": "mlp.down_proj",
 }
+_DINO_STACKED = {
+    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""Matrices that DINOv2 keeps stacked on their rows."""
 
 
 def dinov2(state: Mapping[str, Tensor], grid: tuple[int, int], legacy: bool = True) -> dict[str, Tensor]:
@@ -145,9 +149,10 @@ def dinov2(state: Mapping[str, Tensor], grid: tuple[int, int], legacy: bool = Tr
             out["embeddings.position_embeddings"] = resize_positions(value, grid, legacy)
         elif block is None:
             out[_DINO_TOP.get(key, key)] = value
-        elif match := re.fullmatch(r"attn\.qkv\.(weight|bias)", block[2]):
-            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                out[f"encoder.layer.{block[1]}.attention.attention.{name}.{match[1]}"] = part
+        elif (stem := block[2].rpartition("."))[0] in _DINO_STACKED:
+            names = _DINO_STACKED[stem[0]]
+            for name, part in zip(names, value.chunk(len(names)), strict=True):
+                out[f"encoder.layer.{block[1]}.{name}.{stem[2]}"] = part
         else:
             out[f"encoder.layer.{block[1]}.{_renamed(block[2], _DINO_BLOCK)}"] = value
     return out

@@ -125,6 +125,7 @@ def test_pictures_are_drawn_once_and_the_stored_ones_are_used(asset_cache: Path,
     for name in ("emojibase-data", "fluent-emoji-3d", "openmoji", "noto-color-emoji"):
         folder = next(p for p in asset_cache.iterdir() if p.name.startswith(f"{name}-"))
         (tmp_path / folder.name).symlink_to(folder)
+    assert emoji.concepts(tmp_path) == emoji.concepts(asset_cache), "the stored list is out of date"
     small = emoji.pictures("noto", 16, tmp_path)
     stored = sorted(p.name for p in (tmp_path / "prepared").iterdir())
     assert len(stored) == 2, stored

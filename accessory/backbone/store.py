@@ -83,23 +83,25 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
         if groups[-1] and filled + tensor.nbytes > max_shard_bytes:
             groups.append({})
             filled = 0
-        groups[-1][name] = tensor.detach().contiguous()
+        groups[-1][name] = tensor
         filled += tensor.nbytes
     if len(groups) == 1:
-        _save(groups[0], folder / SINGLE)
+        write_file(groups[0], folder / SINGLE)
         return
     where: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        _save(group, folder / file)
+        write_file(group, folder / file)
         where |= dict.fromkeys(group, file)
     total = sum(t.nbytes for t in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file."""
     # transformers refuses files whose header does not say that they come from torch
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    whole = {k: v.detach().contiguous() for k, v in tensors.items()}
+    save_file(whole, str(path), metadata={"format": "pt"})
     path.chmod(0o644)  # the library makes files that only their owner can read
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from accessory.backbone import gguf, store
+from accessory.backbone import gguf, hf, meta, store
 from accessory.backbone.keys import build_meta, check_keys, config_from_dict, expected_shapes, write_config
 from accessory.backbone.llama import Llama, LlamaConfig
 
@@ -46,25 +46,31 @@ def detect(folder: Path) -> Layout:
     return "meta" if shards else "hf"
 
 
-def read_folder(folder: Path, *, pickles: bool = False) -> tuple[LlamaConfig, dict[str, Tensor]]:
+def read_folder(
+    folder: Path, *, layout: Layout | None = None, pickles: bool = False
+) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """Config and strictly checked weights (our names and row order) of a folder in any layout.
 
-    ``pickles``: also read ``.pth``/``.bin`` files, with ``weights_only=True``; only the convert command sets it.
+    ``layout`` None detects it. ``pickles``: also read ``.pth``/``.bin`` files, with ``weights_only=True``; only the
+    convert command sets it.
 
     Raises:
         ValueError: for everything that does not fit.
     """
     folder = Path(folder)
-    layout = detect(folder)
+    layout = detect(folder) if layout is None else layout
     if layout == "gguf":
         return gguf.load_gguf(gguf.single_file(folder))
-    if layout != "accessory":
-        raise ValueError(f"{folder}: layout {layout} is not readable yet")
+    if layout == "hf":
+        return hf.read_hf(folder, pickles=pickles)
+    if layout == "meta":
+        return meta.read_meta(folder, pickles=pickles)
     stated = store.read_json(folder / "config.json").get("backbone")
     if not isinstance(stated, dict):
         raise ValueError(f"{folder / 'config.json'} has no object 'backbone'")
     config = config_from_dict(stated)
-    tensors = store.read_tensors(folder)
+    sharded = any(folder.glob("consolidated.*"))
+    tensors = meta.merge_folder(folder, pickles=pickles) if sharded else store.read_tensors(folder)
     check_keys(expected_shapes(config), tensors, str(folder))
     return config, tensors
 

@@ -1,0 +1,211 @@
+"""Tensor-parallel checkpoints: Meta's ``consolidated.NN.pth``, LLaMA2-Accessory's ``consolidated.NN-of-MM.model.pth``
+and the same shards as safetensors, merged key by key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from accessory.backbone import store
+from accessory.backbone.hf import load_pickle
+from accessory.backbone.keys import check_keys, expected_shapes, write_config
+from accessory.backbone.llama import LlamaConfig
+from accessory.backbone.sizes import SIZES, find_size
+from accessory.nn.rope import RopeScaling
+
+PATTERN = re.compile(r"consolidated\.(?P<rank>\d+)(?:-of-(?P<of>\d+)\.model)?\.(?P<kind>pth|safetensors)")
+COLUMN = ("wq", "wk", "wv", "w1", "w3", "output")
+ROW = ("wo", "w2")
+# of LLaMA2-Accessory's and Meta's arguments: those that say nothing about the function
+IDLE = {
+    "max_batch_size",
+    "vocab_size",
+    "max_seq_len",
+    "load_pretrained_visual_encoder",
+    "trainable_mode",
+    "lora_rank",
+    "bias_tuning",
+    "norm_tuning",
+}
+
+
+def shard_axis(name: str) -> int | None:
+    """The dimension that tensor parallelism cuts of a parameter, or None where every rank holds it whole."""
+    *_, layer, suffix = ("", *name.split("."))
+    if layer in COLUMN:
+        return 0
+    if layer in ROW:
+        return 1 if suffix == "weight" else None
+    return 1 if layer == "tok_embeddings" else None
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder in rank order.
+
+    Raises:
+        ValueError: when there are none, a number is missing, or file names of several checkpoints are mixed.
+    """
+    folder = Path(folder)
+    found = {p: m for p in sorted(folder.iterdir()) if (m := PATTERN.fullmatch(p.name))}
+    if not found:
+        raise ValueError(f"{folder} holds no consolidated shards")
+    styles = {(m["of"], m["kind"]) for m in found.values()}
+    if len(styles) > 1:
+        names = ", ".join(p.name for p in list(found)[:20])
+        raise ValueError(f"{folder} mixes shards of several checkpoints or formats: {names}; keep one")
+    of = next(iter(styles))[0]
+    by_rank = {int(m["rank"]): p for p, m in found.items()}
+    count = int(of) if of is not None else max(by_rank) + 1
+    missing = sorted(set(range(count)) - set(by_rank))
+    extra = sorted(set(by_rank) - set(range(count)))
+    if missing or extra or len(by_rank) != len(found):
+        example = next(iter(found)).name
+        raise ValueError(
+            f"{folder} needs shards 0 to {count - 1} ({example}): "
+            f"missing {', '.join(map(str, missing)) or 'none'}, beyond {', '.join(map(str, extra)) or 'none'}"
+        )
+    return [by_rank[i] for i in range(count)]
+
+
+def merge(shards: Sequence[Mapping[str, Tensor]], where: str = "the shards") -> dict[str, Tensor]:
+    """Whole tensors from one dictionary a rank.
+
+    Raises:
+        ValueError: listing keys that some ranks lack, that do not join, or whose copies on the ranks differ.
+    """
+    names = list(dict.fromkeys(k for s in shards for k in s))
+    wrong: list[str] = []
+    whole: dict[str, Tensor] = {}
+    for name in names:
+        parts = [s[name] for s in shards if name in s]
+        axis = shard_axis(name)
+        if len(parts) < len(shards):
+            wrong.append(f"{name} (in {len(parts)} of {len(shards)} shards)")
+        elif len(parts) == 1:
+            whole[name] = parts[0]
+        elif axis is None:
+            if any(not torch.equal(p, parts[0]) for p in parts[1:]):
+                wrong.append(f"{name} (differs between shards, but is not sharded)")
+            whole[name] = parts[0]
+        elif len({(p.ndim, *p.shape[:axis], *p.shape[axis + 1 :]) for p in parts}) > 1 or parts[0].ndim <= axis:
+            wrong.append(f"{name} (shapes {[tuple(p.shape) for p in parts]} do not join)")
+        else:
+            whole[name] = torch.cat(parts, axis)
+    if wrong:
+        raise ValueError(f"{where}: {len(wrong)} tensor(s) cannot be merged: {', '.join(wrong[:20])}")
+    return whole
+
+
+def split(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The inverse of :func:`merge`: one dictionary a rank; unsharded tensors are repeated.
+
+    Raises:
+        ValueError: listing tensors whose sharded dimension ``count`` does not divide.
+    """
+    axes = {k: shard_axis(k) for k in tensors}
+    wrong = [f"{k} {tuple(v.shape)}" for k, v in tensors.items() if (a := axes[k]) is not None and v.shape[a] % count]
+    if count < 1 or wrong:
+        raise ValueError(f"tensor-parallel {count} does not divide {', '.join(wrong[:20])}")
+    shards: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in tensors.items():
+        axis = axes[name]
+        parts = [tensor] * count if axis is None else tensor.chunk(count, axis)
+        for shard, part in zip(shards, parts):
+            shard[name] = part
+    return shards
+
+
+def merge_folder(folder: Path, *, pickles: bool = False) -> dict[str, Tensor]:
+    """All tensors of a folder of shards, whole, without the prefix ``llma.`` and rotary tables.
+
+    Raises:
+        ValueError: as :func:`shard_files`, :func:`merge` and ``load_pickle``.
+    """
+    shards = []
+    for path in shard_files(folder):
+        state = store.read_file(path) if path.suffix == ".safetensors" else load_pickle(path, allowed=pickles)
+        inner = state.get("model")
+        state = inner if isinstance(inner, dict) else state
+        odd = [k for k, v in state.items() if not isinstance(v, Tensor)]
+        if odd:
+            raise ValueError(f"{path} holds entries that are not tensors: {', '.join(map(str, odd[:20]))}")
+        names = {k: k.removeprefix("llma.") for k in state}
+        shards.append({n: state[k] for k, n in names.items() if n != "rope.freqs" and not n.endswith("freqs_cis")})
+    return merge(shards, str(folder))
+
+
+def read_meta(folder: Path, *, pickles: bool = False) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """Config and weights of Meta's or LLaMA2-Accessory's folder (``params.json`` or ``config.json`` beside shards).
+
+    Raises:
+        ValueError: for missing shards, refused pickles, unknown arguments, and keys that do not fit.
+    """
+    folder = Path(folder)
+    names = [n for n in ("params.json", "config.json") if (folder / n).is_file()]
+    if not names:
+        raise ValueError(f"{folder} has neither params.json (Meta) nor config.json (LLaMA2-Accessory)")
+    params = store.read_json(folder / names[0])
+    tensors = merge_folder(folder, pickles=pickles)
+    table = tensors.get("tok_embeddings.weight")
+    if table is None or table.ndim != 2:
+        raise ValueError(f"{folder} holds no tok_embeddings.weight")
+    config = from_meta_params(params, table.shape[0], tied="output.weight" not in tensors)
+    check_keys(expected_shapes(config), tensors, str(folder))
+    return config, tensors
+
+
+def from_meta_params(params: Mapping[str, Any], vocab_size: int, tied: bool = False) -> LlamaConfig:
+    """Our config from Meta's or LLaMA2-Accessory's arguments; their vocabulary size is often -1, the table's counts.
+
+    Raises:
+        ValueError: for missing or unknown arguments.
+    """
+    plain = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta"}
+    known = plain | IDLE | {"rope_scaling", "use_scaled_rope", "rope_scaling_factor"}
+    unknown = sorted(k for k, v in params.items() if k not in known and v not in (None, False))
+    if unknown:
+        raise ValueError("arguments not supported: " + ", ".join(f"{k}={params[k]!r}" for k in unknown))
+    missing = sorted({"dim", "n_layers", "n_heads"} - set(params))
+    if missing:
+        raise ValueError(f"the arguments miss {', '.join(missing)}")
+    values = {k: v for k, v in params.items() if k in plain and v is not None}
+    length = params.get("max_seq_len") or LlamaConfig.max_length
+    config = LlamaConfig(**values, vocab_size=vocab_size, tie_embeddings=tied, max_length=length)
+    if params.get("rope_scaling") is not None:
+        # theirs multiplies the position
+        return replace(config, rope_scaling=RopeScaling("linear", 1 / float(params["rope_scaling"])))
+    return replace(config, rope_scaling=_scaled(params, config)) if params.get("use_scaled_rope") else config
+
+
+def _scaled(params: Mapping[str, Any], config: LlamaConfig) -> RopeScaling:
+    """LLaMA 3.1 and later: the file says only *that* the table is scaled, the factor belongs to the published size."""
+    if params.get("rope_scaling_factor") is not None:
+        return RopeScaling("llama3", float(params["rope_scaling_factor"]))
+    scaled = {name: row for name, row in SIZES.items() if row.rope_scaling is not None}
+    name = find_size(config, scaled)
+    if name is None:
+        raise ValueError("use_scaled_rope is set, but not rope_scaling_factor, and no published size has these shapes")
+    return cast(RopeScaling, scaled[name].rope_scaling)
+
+
+def save_shards(config: LlamaConfig, tensors: Mapping[str, Tensor], folder: Path, count: int) -> None:
+    """Write our layout as ``count`` tensor-parallel shards ``consolidated.NN-of-MM.model.safetensors``, atomically.
+
+    Raises:
+        ValueError: when ``count`` does not divide the heads or a sharded dimension, or ``folder`` is not empty.
+    """
+    if count < 1 or config.n_heads % count or config.kv_heads % count:
+        raise ValueError(
+            f"tensor-parallel {count} must divide the heads of the model: {config.n_heads} and {config.kv_heads}"
+        )
+    check_keys(expected_shapes(config), tensors, "the model to save")
+    with store.atomic_folder(folder) as private:
+        for rank, shard in enumerate(split(tensors, count)):
+            store.write_file(shard, private / f"consolidated.{rank:02d}-of-{count:02d}.model.safetensors")
+        write_config(private, config)

@@ -1,0 +1,85 @@
+"""``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments, shared with ``tools/convert.py``."""
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, or a .gguf file")
+    parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
+    layouts = ("auto", "accessory", "hf", "meta", "gguf")
+    parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
+    parser.add_argument("--to", dest="target", choices=("accessory", "hf"), default="accessory", help="layout of DST")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
+    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = sub.add_parser("convert", help="convert weights between layouts")
+    add_arguments(parser)
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Convert, and print what was written. 1 with a message when something does not fit."""
+    try:
+        convert(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def convert(args: argparse.Namespace) -> None:
+    """The work of :func:`main`.
+
+    Raises:
+        ValueError: for options that exclude each other and everything that reading or writing refuses.
+    """
+    import torch
+
+    from accessory.backbone.gguf import load_gguf, single_file
+    from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer, write_hf
+    from accessory.backbone.meta import save_shards
+    from accessory.backbone.store import cast
+    from accessory.backbone.weights import detect, read_folder, save_accessory
+
+    if args.tensor_parallel is not None and args.target != "accessory":
+        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    layout = detect(args.src) if args.source == "auto" else args.source
+    if layout == "gguf":
+        config, tensors = load_gguf(single_file(args.src), dtype or torch.bfloat16)
+    else:
+        config, tensors = read_folder(args.src, layout=layout, pickles=True)
+        tensors = cast(tensors, dtype)
+    tokenizer = args.tokenizer
+    if tokenizer is None and args.src.is_dir() and has_tokenizer(args.src):
+        tokenizer = args.src
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer")
+    limit = int(args.max_shard_gb * 1e9)
+    if args.target == "hf":
+        write_hf(config, tensors, args.dst, tokenizer, limit)
+    elif args.tensor_parallel is not None:
+        save_shards(config, tensors, args.dst, args.tensor_parallel)
+    else:
+        save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
+    if args.target == "accessory" and tokenizer is not None:
+        for file in TOKENIZER_FILES:
+            if (tokenizer / file).is_file():
+                shutil.copyfile(tokenizer / file, args.dst / file)
+    count = sum(t.numel() for t in tensors.values())
+    print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")

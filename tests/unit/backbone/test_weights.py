@@ -247,8 +247,6 @@ def test_convert_chain_keeps_every_bit(tmp_path: Path, capsys: pytest.CaptureFix
 def test_convert_casts_gguf_and_says_what_is_wrong(
     tmp_path: Path, write_gguf: Writer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tmp_path: Path, write_gguf: Writer, capsys: pytest.CaptureFixture[str]
-) -> None:
     path = write_gguf(tmp_path / "x.gguf", model())
     assert run(path, tmp_path / "a", "--from", "gguf", "--dtype", "float16") == 0
     assert {p.dtype for p in weights.load_backbone(tmp_path / "a").parameters()} == {torch.float16}

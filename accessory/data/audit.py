@@ -29,7 +29,7 @@ def _text(ids: list[int], tokenizer: Tokenizer) -> str:
     for kind, group in groupby(ids, key=lambda i: i if tokenizer.is_control(i) else None):
         run = list(group)
         if kind is None:
-            out.append(tokenizer.decode(run))
+            out.append(tokenizer.decode(run, glued=True))
         else:
             name = NAMES[kind] if kind < 0 else tokenizer.name(kind) or f"<{kind}>"
             out.append(name if len(run) == 1 else f"{name}×{len(run)}")

@@ -23,8 +23,8 @@ class Backend(Protocol):
     def encode(self, text: str, glued: bool) -> list[int]:
         """Ids of plain text; ``glued`` means that it continues a text, so no word-start prefix is put before it."""
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ordinary ids."""
+    def decode(self, ids: list[int], glued: bool) -> str:
+        """Text of ordinary ids; ``glued`` keeps a blank at its start."""
 
     def save(self, folder: Path) -> None:
         """Write the vocabulary's own file."""
@@ -83,9 +83,12 @@ class Tokenizer:
         """Whether ``decode`` leaves this id out."""
         return token_id < 0 or token_id in self._control_ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; placeholders (negative ids) and control tokens are left out."""
-        return self._backend.decode([i for i in map(int, ids) if not self.is_control(i)])
+    def decode(self, ids: Iterable[int], *, glued: bool = False) -> str:
+        """Text of ``ids``; placeholders (negative ids) and control tokens are left out.
+
+        ``glued`` is for ids that continue a text: their leading blank is kept where the vocabulary would drop it.
+        """
+        return self._backend.decode([i for i in map(int, ids) if not self.is_control(i)], glued)
 
     def stream(self) -> StreamDecoder:
         """A fresh incremental decoder."""
@@ -166,8 +169,8 @@ class _SentencePiece:
     def encode(self, text: str, glued: bool) -> list[int]:
         return list((self._glued if glued else self._head).encode(text))
 
-    def decode(self, ids: list[int]) -> str:
-        return str(self._full.decode(ids))
+    def decode(self, ids: list[int], glued: bool) -> str:
+        return str((self._glued if glued else self._full).decode(ids))
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(self._proto)
@@ -197,7 +200,7 @@ class _Json:
     def encode(self, text: str, glued: bool) -> list[int]:
         return list((self._glued if glued else self._head).encode(text, add_special_tokens=False).ids)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], glued: bool) -> str:
         return str(self._full.decode(ids, skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:

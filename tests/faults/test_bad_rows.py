@@ -1,0 +1,81 @@
+"""A run meets broken files: bad rows are skipped and booked, too many of them stop it, none is replaced in silence."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from accessory.data.encode import Encoder
+from accessory.data.loader import loader
+from accessory.data.mixture import Ledger, Mixture
+from accessory.data.sources import load_sources
+from accessory.data.template import get
+from accessory.data.tiling import TilingConfig
+from accessory.data.tokenizer import load
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Encoder:
+    names = ["<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = HfTokenizer(models.BPE({t: i for i, t in enumerate([*names, *alphabet])}, []))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    plain.add_special_tokens(names)
+    plain.save(str(tmp_path / "tokenizer.json"))
+    return Encoder(load(tmp_path / "tokenizer.json"), get("chatml_plain"), TilingConfig(8), 4, 300)
+
+
+def mixture(folder: Path, n: int, broken: set[int]) -> Mixture:
+    """LLaVA rows with a picture each; those in ``broken`` fail in one of five ways."""
+    Image.effect_noise((32, 32), 60).convert("RGB").save(folder / "ok.jpg")
+    whole = (folder / "ok.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    lines = []
+    for i in range(n):
+        row = {"image": "ok.jpg", "conversations": [{"from": "human", "value": f"<image>q{i}"},
+                                                    {"from": "gpt", "value": f"a{i}"}]}  # fmt: skip
+        ways = ({"image": "cut.jpg"}, {"image": "gone.jpg"}, {"image": "/etc/passwd"}, {"image": []}, None)
+        way = ways[i % 5] if i in broken else {}
+        lines.append("{broken json" if way is None else json.dumps({**row, **way}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    (folder / "data.yaml").write_text("sources:\n  - {kind: llava, path: rows.jsonl}\n")
+    return Mixture(load_sources(folder / "data.yaml"), seed=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_are_skipped_and_booked(tmp_path: Path, encoder: Encoder, workers: int) -> None:
+    broken = {3, 46, 102, 150, 199}
+    ledger = Ledger(tmp_path / "out" / "ledger.jsonl")
+    made = loader(mixture(tmp_path, 200, broken), encoder, 5, num_workers=workers, ledger=ledger)
+    rows = [encoder.tokenizer.decode(i[m].tolist()) for b in itertools.islice(made, 39) for i, m in zip(b.ids, b.mask)]
+    answers = [r.split("\na")[-1].strip() for r in rows]
+    assert len(answers) == len(set(answers)) == 195
+    assert set(answers).isdisjoint(map(str, broken))
+    booked = [json.loads(line) for line in ledger.path.read_text().splitlines()] if ledger.path else []
+    assert {b["row"] for b in booked} <= broken
+    assert len(booked) >= 4
+    assert all(b["source"].endswith("rows.jsonl") and b["reason"] for b in booked)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_rows_stop_the_run(tmp_path: Path, encoder: Encoder, workers: int) -> None:
+    made = loader(mixture(tmp_path, 300, set(range(0, 300, 10))), encoder, 5, num_workers=workers)
+    with pytest.raises(ValueError, match=r"\d+ of 2\d\d rows were rejected, the limit is 5%"):
+        list(itertools.islice(made, 1000))
+
+
+def test_a_rate_below_the_limit_goes_on(tmp_path: Path, encoder: Encoder) -> None:
+    made = loader(mixture(tmp_path, 300, set(range(0, 300, 30))), encoder, 5)
+    assert len(list(itertools.islice(made, 200))) == 200
+    assert made.ledger.bad > 20
+
+
+def test_a_programming_error_is_not_booked_as_a_bad_row(tmp_path: Path, encoder: Encoder) -> None:
+    made = mixture(tmp_path, 20, set())
+    encoder.tokens_per_tile = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        next(iter(loader(made, encoder, 2)))

@@ -1,0 +1,167 @@
+"""Draw k depends on the seed and k alone; batches do not depend on workers; resuming is exact."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from accessory.data.encode import Encoder
+from accessory.data.loader import Loader, loader
+from accessory.data.mixture import BLOCK, Ledger, Mixture, Stream
+from accessory.data.rows import RowRejected
+from accessory.data.template import get
+from accessory.data.tiling import TilingConfig
+from accessory.data.tokenizer import Tokenizer
+from accessory.schema import Batch, Sample, Turn
+
+
+class Rows:
+    """Text rows of varied length; those in ``bad`` are rejected."""
+
+    def __init__(self, name: str, n: int, weight: float = 1.0, bad: tuple[int, ...] = (), unbounded: bool = False):
+        self.name, self.n, self.weight, self.bad, self.unbounded = name, n, weight, bad, unbounded
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.bad:
+            raise RowRejected("broken", self.name, index)
+        said = Turn("user", (f"{self.name} {index} " + "x" * (index % 13),))
+        return Sample((said, Turn("assistant", (str(index),))), self.name, index)
+
+
+@pytest.fixture
+def mixture() -> Mixture:
+    return Mixture([Rows("a", 50, 3.0, bad=(7,)), Rows("b", 9, 1.0, unbounded=True)], seed=5)
+
+
+@pytest.fixture
+def encoder(tokenizers: dict[str, Tokenizer]) -> Encoder:
+    return Encoder(tokenizers["json"], get("chatml_plain"), TilingConfig(8), 2, 500)
+
+
+def batches(made: Loader, n: int) -> list[Batch]:
+    return list(itertools.islice(iter(made), n))
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    return len(left) == len(right) and all(
+        a.ids.shape == b.ids.shape and torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels)
+        for a, b in zip(left, right)
+    )
+
+
+def test_draws_are_a_function_of_their_number(mixture: Mixture) -> None:
+    forward = [mixture.draw(k) for k in range(3000)]
+    again = Mixture(mixture.sources, seed=5)
+    assert [again.draw(k) for k in reversed(range(3000))] == forward[::-1]
+    other = Mixture(mixture.sources, seed=6)
+    assert [other.draw(k) for k in range(3000)] != forward
+
+
+def test_weights_hold_in_every_block() -> None:
+    made = Mixture([Rows("a", 5, 0.7), Rows("b", 5, 0.2), Rows("c", 5, 0.1), Rows("d", 5, 1e-9)])
+    for block in range(3):
+        seen = Counter(made.draw(k).source for k in range(block * BLOCK, (block + 1) * BLOCK))
+        for source, share in enumerate((0.7, 0.2, 0.1, 1 / BLOCK)):
+            assert abs(seen[source] - share * BLOCK) <= 1.1
+
+
+def test_each_source_walks_whole_epochs(mixture: Mixture) -> None:
+    rows = [d.row for d in (mixture.draw(k) for k in range(2000)) if d.source == 0]
+    epochs = [rows[i : i + 50] for i in range(0, len(rows) - 50, 50)]
+    assert len(epochs) > 20
+    assert all(sorted(e) == list(range(50)) for e in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_unbounded_sources_get_the_epoch_in_the_row(mixture: Mixture) -> None:
+    rows = [d.row for d in (mixture.draw(k) for k in range(500)) if d.source == 1]
+    assert [r // 9 for r in rows] == [i // 9 for i in range(len(rows))]
+    assert len(set(rows)) == len(rows) > 100
+
+
+def test_the_stream_skips_bad_rows_and_books_them(mixture: Mixture, tmp_path: Path) -> None:
+    stream = Stream(mixture, Ledger(tmp_path / "ledger.jsonl"))
+    got = [s.index for s in itertools.islice(stream, 300) if s.source == "a"]
+    assert 7 not in got
+    assert stream.cursor == 300 + stream.ledger.bad
+    assert stream.ledger.bad >= 3
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    assert len(lines) == stream.ledger.bad
+    assert '"source": "a", "row": 7, "reason": "broken"' in lines[0]
+
+
+def test_stream_resumes_exactly(mixture: Mixture) -> None:
+    stream = Stream(mixture)
+    whole = [(s.source, s.index) for s in itertools.islice(stream, 400)]
+    first, second = Stream(mixture), Stream(Mixture(mixture.sources, seed=5))
+    list(itertools.islice(first, 123))
+    second.load_state_dict(first.state_dict())
+    assert [(s.source, s.index) for s in itertools.islice(second, 277)] == whole[123:]
+    assert second.ledger.state_dict() == stream.ledger.state_dict()
+
+
+def test_changed_data_is_refused_on_resume(mixture: Mixture) -> None:
+    state = Stream(mixture).state_dict()
+    for other in (Mixture(mixture.sources, seed=6), Mixture([Rows("a", 51, 3.0), *mixture.sources[1:]], seed=5)):
+        with pytest.raises(ValueError, match="data changed"):
+            Stream(other).load_state_dict(state)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(mixture: Mixture, encoder: Encoder) -> None:
+    alone = batches(loader(mixture, encoder, 5), 30)
+    assert same(alone, batches(loader(mixture, encoder, 5, num_workers=2), 30))
+    other = Mixture(mixture.sources, seed=6)
+    assert not same(alone, batches(loader(other, encoder, 5), 30))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("at", [1, 6, 8])
+def test_loader_resumes_at_the_batch_consumed(mixture: Mixture, encoder: Encoder, window: int, at: int) -> None:
+    whole = loader(mixture, encoder, 4, window=window)
+    expected = batches(whole, 20)
+    first = loader(mixture, encoder, 4, num_workers=1 if at == 6 else 0, window=window)
+    assert same(batches(first, at), expected[:at])
+    second = loader(mixture, encoder, 4, start=first.state_dict(), window=window)
+    assert same(batches(second, 20 - at), expected[at:])
+    assert second.ledger.state_dict() == whole.ledger.state_dict()
+
+
+def test_a_resume_into_another_stream_is_refused(mixture: Mixture, encoder: Encoder) -> None:
+    state = loader(mixture, encoder, 4).state_dict()
+    with pytest.raises(ValueError, match="same batch_size: 4 then, 5 now"):
+        loader(mixture, encoder, 5, start=state)
+
+
+def test_window_groups_by_length_and_keeps_every_row(mixture: Mixture, encoder: Encoder) -> None:
+    plain, grouped = batches(loader(mixture, encoder, 4), 40), batches(loader(mixture, encoder, 4, window=8), 40)
+
+    def padding(found: list[Batch]) -> int:
+        return sum(int((~b.mask).sum()) for b in found)
+
+    def rows(found: list[Batch]) -> Counter[tuple[int, ...]]:
+        return Counter(tuple(i[m].tolist()) for b in found for i, m in zip(b.ids, b.mask))
+
+    assert rows(plain) == rows(grouped)
+    assert padding(grouped) < 0.5 * padding(plain)
+
+
+def test_ranks_share_the_stream(mixture: Mixture, encoder: Encoder) -> None:
+    seen = [Counter(tuple(i[m].tolist()) for b in batches(loader(mixture, encoder, 8, rank=r, world=2), 10)
+                    for i, m in zip(b.ids, b.mask)) for r in range(2)]  # fmt: skip
+    alone = Counter(tuple(i[m].tolist()) for b in batches(loader(mixture, encoder, 8), 18)
+                    for i, m in zip(b.ids, b.mask))  # fmt: skip
+    assert not alone - (seen[0] + seen[1])
+
+
+def test_bad_mixtures_are_refused() -> None:
+    with pytest.raises(ValueError, match="without rows: a"):
+        Mixture([Rows("a", 0)])
+    with pytest.raises(ValueError, match="at least one source"):
+        Mixture([])
+    with pytest.raises(ValueError, match="weights"):
+        Mixture([Rows("a", 1, -1.0)])

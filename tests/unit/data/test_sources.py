@@ -1,0 +1,208 @@
+"""Every layout and file type is read alike; what is wrong is said with file and row."""
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from accessory.data.rows import RowRejected
+from accessory.data.sources import Source, load_sources
+from accessory.schema import Picture, Turn
+
+CONFIGS = Path(__file__).resolve().parents[3] / "data_configs"
+Make = Callable[..., Source]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A source of rows written to a file, its pictures in ``root``."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(root / name)
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "root-twin").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "root-twin" / "a.png")
+
+    def build(kind: str, rows: list[Any], **entry: Any) -> Source:
+        from accessory.data.sources import SourceConfig, open_source
+
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return open_source(SourceConfig(kind, path=str(file), root=str(root), **entry))  # type: ignore[arg-type]
+
+    return build
+
+
+def shape(turns: tuple[Turn, ...]) -> list[tuple[str, tuple[str, ...]]]:
+    """Turns with a picture written as its file's name."""
+    return [
+        (t.role[0], tuple(p if isinstance(p, str) else f"<{Path(str(p.source)).name}>" for p in t.parts)) for t in turns
+    ]
+
+
+def llava(*said: str, **fields: Any) -> dict[str, Any]:
+    return {**fields, "conversations": [{"from": ("human", "gpt")[i % 2], "value": s} for i, s in enumerate(said)]}
+
+
+def asks(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
+
+
+def test_llava_pictures_stand_at_their_marks(make: Make) -> None:
+    rows = [
+        llava("<image>\nWhat?", "A", image="a.png"),
+        llava("<image> or\n<image>?", "A", "Both <image>", "B", image=["a.png", "b.png", "a.png"]),
+        llava("Hi", "<image>", image=None),
+        llava("Hi", "Yo"),
+    ]
+    source = make("llava", rows)
+    assert len(source) == 4
+    assert [shape(source[i].turns) for i in range(4)] == [
+        [("u", ("<a.png>", "What?")), ("a", ("A",))],
+        [("u", ("<a.png>", "or\n", "<b.png>", "?")), ("a", ("A",)), ("u", ("Both", "<a.png>")), ("a", ("B",))],
+        [("u", ("Hi",)), ("a", ("<image>",))],
+        [("u", ("Hi",)), ("a", ("Yo",))],
+    ]
+    assert (source[1].index, source[1].source) == (1, source.name)
+
+
+def test_image_first_puts_unmarked_pictures_at_the_start(make: Make) -> None:
+    rows = [llava("What?", "A", image="a.png")]
+    assert shape(make("llava", rows, options={"image_first": True})[0].turns)[0] == ("u", ("<a.png>", "What?"))
+    with pytest.raises(RowRejected, match="0 <image> marks for 1 pictures"):
+        make("llava", rows)[0]
+
+
+BAD: list[tuple[str, Any, str]] = [
+    ("llava", llava("<image> <image>", "A", image="a.png"), "2 <image> marks for 1 pictures"),
+    ("llava", llava("<image>", "A"), "1 <image> marks for 0 pictures"),
+    ("llava", llava("<image>", "A", image="../secret.png"), "outside of the root"),
+    ("llava", llava("<image>", "A", image="../root-twin/a.png"), "outside of the root"),
+    ("llava", llava("<image>", "A", image="link.png"), "outside of the root"),
+    ("llava", llava("<image>", "A", image="/etc/hostname"), "outside of the root"),
+    ("llava", llava("<image>", "A", image="gone.png"), "no picture at"),
+    ("llava", llava("<image>", "A", image="https://x.org/a.png"), "not fetched from the network"),
+    ("llava", llava("<image>", "A", image=3), "a path or a data: URL"),
+    ("llava", {"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'"),
+    ("llava", {"conversations": [{"from": "human", "value": None}]}, "expected text"),
+    ("llava", {"conversations": []}, "not empty"),
+    ("llava", {"conversations": ["x"]}, "must be an object"),
+    ("llava", {"conversation": []}, "no column 'conversations' .the row has: conversation"),
+    ("llava", llava("only a question"), "nobody answers"),
+    ("llava", [1], "must be an object, got list"),
+    ("alpaca", {"instruction": "x"}, "no column 'output'"),
+    ("messages", asks([{"type": "image_url", "image_url": {"url": "http://x/a.png"}}]), "not fetched"),
+    ("messages", asks([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]), "not fetched"),
+    ("messages", asks([{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}]), "base64"),
+    ("messages", asks([{"type": "image_url", "image_url": {"url": "data:text/html,hi"}}]), "data:image"),
+    ("messages", asks([{"type": "video", "video": "x"}]), "type text or image_url, got 'video'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "reason"), BAD)
+def test_bad_rows_say_why_and_where(make: Make, kind: str, row: Any, reason: str) -> None:
+    with pytest.raises(RowRejected, match=reason) as caught:
+        make(kind, [row])[0]
+    assert caught.value.source.endswith("rows.jsonl")
+    assert caught.value.index == 0
+
+
+def test_sharegpt_alpaca_and_messages(make: Make) -> None:
+    sharegpt = make("sharegpt", [{"system": "S", **llava("Q", "A")}])
+    assert shape(sharegpt[0].turns) == [("s", ("S",)), ("u", ("Q",)), ("a", ("A",))]
+    rows = [{"instruction": "Do", "input": "it", "out": "A"}, {"instruction": "Do", "input": " ", "out": 7}]
+    alpaca = make("alpaca", rows, columns={"output": "out"})
+    assert shape(alpaca[0].turns) == [("u", ("Do\n", "it")), ("a", ("A",))]
+    assert shape(alpaca[1].turns) == [("u", ("Do",)), ("a", ("7",))]
+    part = {"type": "image_url", "image_url": {"url": "b.png"}}
+    messages = make("messages", [asks([{"type": "text", "text": "See <image>"}, part, {"type": "text", "text": "?"}])])
+    assert shape(messages[0].turns) == [("u", ("See <image>", "<b.png>", "?")), ("a", ("A",))]
+
+
+def test_data_urls_are_decoded(make: Make) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (3, 2), (9, 8, 7)).save(out, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    part = make("messages", [asks([{"type": "image_url", "image_url": {"url": url}}])])[0].turns[0].parts[0]
+    assert isinstance(part, Picture)
+    assert isinstance(part.source, Image.Image)
+    assert part.source.getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_all_file_types_give_the_same_rows(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"instruction": f"q{i}", "input": "", "output": f"a{i}\nb"} for i in range(7)]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    for name, mark in (("r.csv", ","), ("r.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=mark)
+            writer.writeheader()
+            writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet", row_group_size=3)
+    entries = [f"- {{kind: alpaca, path: r.{e}}}" for e in ("json", "jsonl", "csv", "tsv", "parquet")]
+    (tmp_path / "c.yaml").write_text("\n".join(entries))
+    sources = load_sources(tmp_path / "c.yaml")
+    assert len(sources) == 5
+    for source in sources:
+        assert [source[i].turns for i in (6, 0, 3)] == [sources[0][i].turns for i in (6, 0, 3)]
+        assert [len(source), source[3].turns[0].text] == [7, "q3"]
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"x": 1}\n{oops\n')
+    (tmp_path / "text.json").write_text("hello")
+    (tmp_path / "c.yaml").write_text(
+        "sources:\n- {kind: llava, path: gone.json}\n- {kind: odd, path: x, colour: red}\n"
+        "- {kind: alpaca, path: bad.jsonl}\n- {kind: alpaca, path: text.json, weight: -1, columns: {foo: bar}}\n"
+        "- {kind: alpaca, path: text.json}\n- {kind: builtin}\n- 3\n"
+    )
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        load_sources(tmp_path / "c.yaml")
+    text = str(caught.value)
+    for part in (
+        "source 0: no data file at", "source 1: unknown field 'colour'", "source 1: kind: 'odd'",
+        "bad.jsonl, row 0: no column 'instruction'", "bad.jsonl, row 1: not valid JSON", "source 3: weight: -1",
+        "source 3: columns: 'foo'", "source 4: ", "not valid JSON", "source 5: a builtin source needs a name",
+        "source 6: expected a mapping, got 3",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize("text", ["", "sources: {}", "{a: [", "3"])
+def test_a_file_that_lists_no_sources(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"c\.yaml"):
+        load_sources(tmp_path / "c.yaml")
+
+
+def test_the_shipped_example_of_own_data() -> None:
+    sources = load_sources(CONFIGS / "own_data.yaml")
+    assert [len(s) for s in sources] == [3, 2, 2, 1]
+    assert [s.weight for s in sources] == [2, 1, 1, 1]
+    assert sum(len(t.pictures) for s in sources for i in range(len(s)) for t in s[i].turns) == 4
+
+
+@pytest.mark.assets
+def test_the_default_mixture_names_built_in_sets() -> None:
+    from accessory.data.assets import AssetError
+
+    try:
+        sources = load_sources(CONFIGS / "default.yaml", size=64)
+    except AssetError as error:
+        pytest.skip(f"assets are not in the cache: {error}")
+    assert len(sources) == 11
+    for source in sources:
+        far = source[len(source) + 3]
+        assert far.source == source.name
+        assert far.turns[0].pictures

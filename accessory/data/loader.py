@@ -148,6 +148,7 @@ class Loader:
             sampler=_Chunks(start, self.rank, self.world),
             num_workers=self.num_workers,
             collate_fn=_same,
+            generator=torch.Generator(),  # else it takes a seed from the global one, and a resumed run draws another
         )
         for packed in loader:
             yield from _unpack(packed)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from accessory.train import blocks as block_tools
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
 from accessory.train.metrics import Metrics, Window
-from accessory.train.objective import Objective
 from accessory.train.optim import Optimizer, check_names, learning_rate
 from accessory.train.signals import Interrupts
+
+if TYPE_CHECKING:  # the loop takes any objective; importing ours would import the models
+    from accessory.train.objective import Objective
 
 LOG = log.get(__name__)
 
@@ -95,7 +97,7 @@ class _Clock:
     """Seconds of training, those before a resume included."""
 
     before: float = 0.0
-    start: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def elapsed(self) -> float:

@@ -1,0 +1,135 @@
+"""The verb ``train`` and the way errors look, through the real entry point."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from accessory.__main__ import VERBS, main
+
+TESTS = Path(__file__).parents[1]
+
+# The real command line over a toy experiment: run.py stands for what reads the file and builds model and data.
+DRIVER = """
+import sys, types
+from dataclasses import dataclass
+from accessory import config
+from accessory.train.config import TrainConfig
+@dataclass(frozen=True)
+class Experiment:
+    train: TrainConfig
+def main_config(path, overrides, resume, dry_run=False):
+    from toy import ToySource, toy_model, toy_objective
+    from accessory.train.loop import Hooks, train
+    found = config.load(path, Experiment, overrides)
+    if dry_run:
+        print(config.dump(found))
+        return None
+    hooks = Hooks(resolved=config.dump(found))
+    return train(toy_model(dropout=0.1), ToySource(), toy_objective, found.train, resume=resume, hooks=hooks)
+stand_in = types.ModuleType("accessory.train.run")
+stand_in.main_config = main_config
+sys.modules["accessory.train.run"] = stand_in
+import accessory.train
+accessory.train.run = stand_in
+from accessory.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, env=env, timeout=120
+    )
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(
+        f"train: {{output_dir: {tmp_path / 'run'}, max_steps: 4, lr: 1e-2, checkpoint_every: 2, log_every: 2}}\n"
+    )
+    return path
+
+
+def test_train_override_resume(experiment: Path, tmp_path: Path) -> None:
+    first = call("train", str(experiment), "train.max_steps=2", "train.lr=0.02")
+    assert first.returncode == 0, first.stderr
+    assert "step 2/2 loss " in first.stderr
+    assert "tokens/s" in first.stderr
+    assert "left" in first.stderr
+    saved = (tmp_path / "run" / "step-000002" / "config.yaml").read_text()
+    assert "lr: 0.02" in saved
+    assert "max_steps: 2" in saved
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    refused = call("train", str(experiment))
+    assert refused.returncode == 2
+    assert "--resume auto" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    second = call(
+        "train", str(experiment), "--resume", "auto", "train.tensorboard=false"
+    )  # an override after an option
+    assert second.returncode == 0, second.stderr
+    assert "done (steps): step 4" in second.stderr
+    assert (tmp_path / "run" / "final" / "trainable.safetensors").is_file()
+
+
+def test_mistakes_are_one_message_and_debug_has_the_traceback(experiment: Path) -> None:
+    bad = call("train", str(experiment), "train.max_stesp=2", "train.lr=x", "--dry-run")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: 2 mistakes in ")
+    assert "train.max_stesp: unknown name (did you mean max_steps" in bad.stderr
+    assert "train.lr: " in bad.stderr
+    assert "Traceback" not in bad.stderr
+    debug = call("train", str(experiment), "train.lr=x", "--debug")
+    assert debug.returncode == 2
+    assert "Traceback" in debug.stderr
+
+
+def test_dry_run_trains_nothing(experiment: Path, tmp_path: Path) -> None:
+    done = call("train", str(experiment), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "max_steps: 4" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert len(VERBS) >= 5
+    assert all(f"  {name} " in out for name, _ in VERBS)
+    assert main(["trian", "x"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "x.yaml", "--nonsense"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_told_to_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accessory.train
+
+    monkeypatch.setattr("accessory.log.setup", lambda: None)  # it would cut other tests off the log
+
+    for reason, code in (("SIGINT", 130), ("SIGTERM", 0), ("steps", 0)):
+        stand_in = SimpleNamespace(main_config=lambda *_, r=reason, **__: SimpleNamespace(reason=r))
+        monkeypatch.setattr(accessory.train, "run", stand_in, raising=False)
+        monkeypatch.setitem(sys.modules, "accessory.train.run", stand_in)
+        assert main(["train", "x.yaml"]) == code
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom accessory.__main__ import main\nmain(['--help'])\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS.parent, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--dry-run" in done.stdout

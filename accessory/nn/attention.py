@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from accessory.nn.cache import KVCache
 from accessory.nn.linear import Linear
+from accessory.nn.packed import Packed
 from accessory.nn.rope import rotate
 
 
@@ -13,10 +14,12 @@ class Attention(nn.Module):
 
     Slot ``prefix``: a module called as ``prefix(q, attention, context)`` with rotated queries (B, H, T, A) that returns
     (B, H, T, A), added before the output projection (``peft.prefix.ZeroInitPrefix``).
+    Slot ``fused``: the query, key and value projections as one product (``backbone.fast``).
     Head counts are never stored: reshapes infer them, so a tensor-parallel rank runs the same code on its slice.
     """
 
     prefix: nn.Module | None
+    fused: Packed | None
 
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -26,15 +29,23 @@ class Attention(nn.Module):
         self.wv = Linear(dim, n_kv_heads * head_dim, bias=qkv_bias)
         self.wo = Linear(n_heads * head_dim, dim)
         self.register_module("prefix", None)
+        self.register_module("fused", None)
 
     def heads(self, x: Tensor) -> Tensor:
         """Split (B, T, heads * A) into (B, T, heads, A)."""
         return x.unflatten(-1, (-1, self.head_dim))
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H * A), keys and values (B, T, K * A) of (B, T, D), not yet rotated."""
+        if self.fused is not None and self.fused.fits(self.wq.weight, self.wk.weight, self.wv.weight):
+            q, k, v = self.fused(x)
+            return self.wq.finish(q, x), self.wk.finish(k, x), self.wv.finish(v, x)
+        return self.wq(x), self.wk(x), self.wv(x)
+
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         mask: Tensor | None,
         cache: KVCache | None = None,
         layer: int = 0,
@@ -42,14 +53,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend within (B, T, D) and the cached positions.
 
-        ``rope``: cos and sin (B, T, A/2). ``mask``: boolean, broadcastable to (B, H, T, S), True = may attend;
+        ``rope``: complex (B, T, A/2). ``mask``: boolean, broadcastable to (B, H, T, S), True = may attend;
         None = plain causal from position 0, or a single newest query that sees everything.
         ``context``: (B, M, D) extra tokens for the prefix.
         """
         # (B, T, heads, A) -> (B, heads, T, A)
-        q = rotate(self.heads(self.wq(x)), *rope).transpose(1, 2)
-        k = rotate(self.heads(self.wk(x)), *rope).transpose(1, 2)
-        v = self.heads(self.wv(x)).transpose(1, 2)
+        q, k, v = self.project(x)
+        q = rotate(self.heads(q), rope).transpose(1, 2)
+        k = rotate(self.heads(k), rope).transpose(1, 2)
+        v = self.heads(v).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask)
@@ -60,7 +72,10 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention of (B, H, T, A) over (B, K, S, A); ``mask`` None means causal (see above)."""
+    h, n = q.shape[1], k.shape[1]
+    if q.shape[2] == 1 and h != n and (mask is None or mask.shape[1] == 1):
+        # One query a head: the heads of a group become rows of one product, and their shared keys are read once.
+        grouped = F.scaled_dot_product_attention(q.reshape(q.shape[0], n, h // n, -1), k, v, attn_mask=mask)
+        return grouped.reshape(q.shape)
     causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=h != n)

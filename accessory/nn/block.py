@@ -20,7 +20,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         mask: Tensor | None,
         cache: KVCache | None = None,
         layer: int = 0,

@@ -6,12 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.nn.linear import Linear
+from accessory.nn.packed import Packed
 
 Activation = Literal["silu", "gelu_tanh"]
 
 
 class FeedForward(nn.Module):
-    """``w2(act(w1 x) * w3 x)``: w1 is the gate, w3 the up and w2 the down projection, as in Meta's naming."""
+    """``w2(act(w1 x) * w3 x)``: w1 is the gate, w3 the up and w2 the down projection, as in Meta's naming.
+
+    Slot ``fused``: w1 and w3 as one product (``backbone.fast``).
+    """
+
+    fused: Packed | None
 
     def __init__(self, dim: int, hidden: int, activation: Activation = "silu") -> None:
         super().__init__()
@@ -19,12 +25,17 @@ class FeedForward(nn.Module):
         self.w2 = Linear(hidden, dim)
         self.w3 = Linear(dim, hidden)
         self.activation = activation
+        self.register_module("fused", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        gate = self.w1(x)
+        if self.fused is not None and self.fused.fits(self.w1.weight, self.w3.weight):
+            gate, up = self.fused(x)
+            gate, up = self.w1.finish(gate, x), self.w3.finish(up, x)
+        else:
+            gate, up = self.w1(x), self.w3(x)
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.w2(gate * self.w3(x))
+        return self.w2(gate * up)
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:

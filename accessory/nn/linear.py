@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.nn.packed import Packed
+
 
 class Linear(nn.Linear):
     """``y = scale * (W x + b + delta(x))`` where ``scale`` and ``delta`` are empty slots until something is attached.
@@ -12,20 +14,32 @@ class Linear(nn.Linear):
 
     ``delta``: any module mapping (..., in_features) to (..., out_features), e.g. ``peft.lora.LowRank``.
     ``scale``: a parameter (out_features) or None (LLaMA-Adapter V2's scale tuning).
+    ``kernel``: another way to compute ``W x`` without gradients (``backbone.fast`` fills it).
     """
 
     delta: nn.Module | None
     scale: nn.Parameter | None
+    kernel: Packed | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.register_module("delta", None)
         self.register_parameter("scale", None)
+        self.register_module("kernel", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if self.kernel is not None and self.kernel.fits(self.weight):
+            return self.finish(self.kernel(x)[0], x)
         # What tuning adds may be kept in fp32 on a bf16 layer, so it is cast on use.
         y = F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self._adapt(y, x)
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output for input ``x`` from a product ``y = W x`` that was computed elsewhere."""
+        return self._adapt(y if self.bias is None else y + self.bias.to(y.dtype), x)
+
+    def _adapt(self, y: Tensor, x: Tensor) -> Tensor:
         if self.delta is not None:
             y = y + self.delta(x)
         if self.scale is not None:

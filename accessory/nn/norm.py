@@ -22,4 +22,4 @@ class RMSNorm(nn.Module):
         h = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         if self.offset:
             return (h * (self.offset + self.weight.float())).to(x.dtype)
-        return h.to(x.dtype) * self.weight
+        return h.to(x.dtype) * self.weight.to(x.dtype)  # a norm that trains is fp32 in a bf16 model

@@ -96,7 +96,8 @@ class DialogueObjective:
 
     def _align(self, net: MLLM, batch: Batch, features: Tensor) -> tuple[Tensor, int, int]:
         """Mean loss over aligned rows, their number, and how many are right."""
-        assert isinstance(net.aligner, Aligner) and self.config.align is not None
+        assert isinstance(net.aligner, Aligner)
+        assert self.config.align is not None
         tiles = (batch.ids == IMAGE).sum(1) // features.shape[1]
         first = tiles.cumsum(0) - tiles
         answers = [first_answer(row, self.tokenizer.eos_id) for row in batch.labels.tolist()]

@@ -1,0 +1,211 @@
+"""The only factory: from a configuration or a model folder to a model that can read, see and be tuned.
+
+A model folder holds ``config.yaml`` and ``trainable.safetensors``: what was trained, and how to rebuild the rest from
+assets or folders that are named there. Base weights are never copied into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from accessory import config as configuration
+from accessory.backbone.gguf import cached_gguf
+from accessory.backbone.llama import Llama, LlamaConfig
+from accessory.backbone.store import atomic_folder
+from accessory.backbone.weights import load_backbone
+from accessory.data import assets, template, tokenizer
+from accessory.data.encode import Encoder
+from accessory.data.tiling import TilingConfig
+from accessory.data.tokenizer import Tokenizer
+from accessory.models.mllm import MLLM
+from accessory.peft.attach import TuningSpec, attach, load_trainable, trainable_state
+from accessory.vision import presets
+from accessory.vision.projector import Kind, Projector
+from accessory.vision.resampler import Resampler
+from accessory.vision.tower import Tower
+from accessory.vision.weights import load_efficientnet_lite, load_tower
+
+ASSET = "asset:"
+CONFIG_FILE = "config.yaml"
+WEIGHTS_FILE = "trainable.safetensors"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """``source``: a folder, a ``.gguf`` file, ``asset:NAME``, or None for random weights of the sizes ``llama``."""
+
+    source: str | None = "asset:smollm2"
+    llama: LlamaConfig | None = None
+    tokenizer: str | None = None
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones."""
+
+    preset: str = "efficientnet-lite0"
+    weights: str | None = "asset:efficientnet-lite0"
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Features spliced into the sequence; ``start_end`` adds SPHINX's learned vectors around every tile."""
+
+    layers: Kind = "mlp"
+    start_end: bool = False
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Features as LLaMA-Adapter's visual prefix: ``length`` tokens, added to the zero-init prefixes."""
+
+    length: int = 10
+    width: int = 256
+    depth: int = 2
+    heads: int = 8
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model as a value. ``tuning`` names what is added and what trains; all else is frozen."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    tower: TowerSource | None = field(default_factory=TowerSource)
+    projector: ProjectorConfig | None = field(default_factory=ProjectorConfig)
+    resampler: ResamplerConfig | None = None
+    tuning: tuple[TuningSpec, ...] = ()
+    template: str = "chatml_plain"
+    tiling: TilingConfig = field(default_factory=lambda: TilingConfig(size=128))
+    max_length: int = 1024
+
+
+@dataclass(frozen=True)
+class Model:
+    """A built network with what is needed to talk to it."""
+
+    net: MLLM
+    tokenizer: Tokenizer
+    encoder: Encoder
+    config: ModelConfig
+
+    @property
+    def template(self) -> template.Template:
+        """The dialogue template."""
+        return self.encoder.template
+
+
+def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False) -> Model:
+    """Build and load everything that ``config`` names; ``train`` makes what ``tuning`` names trainable, in fp32.
+
+    Raises:
+        ValueError: for sizes that do not fit together; AssetError when an asset has not been fetched.
+    """
+    backbone, words = _backbone(config.backbone, cache)
+    tower = None if config.tower is None else _tower(config.tower, cache)
+    projector = resampler = None
+    if tower is not None and config.projector is not None:
+        projector = Projector(tower.groups, backbone.config.dim, config.projector.layers, config.projector.start_end)
+    if tower is not None and config.resampler is not None:
+        r = config.resampler
+        resampler = Resampler(tower.width, backbone.config.dim, r.length, width=r.width, depth=r.depth, heads=r.heads)
+    if tower is not None and config.tiling.size != tower.size:
+        raise ValueError(f"tiling.size is {config.tiling.size}, the tower {config.tower} takes {tower.size} pixels")
+    net = MLLM(backbone, tower, projector, resampler)
+    if config.tuning:
+        attach(net, config.tuning, dtype=torch.float32)
+    net.requires_grad_(False) if not train else _promote(net)
+    encoder = Encoder(
+        words,
+        template.get(config.template),
+        config.tiling,
+        projector.num_tokens if projector is not None else 1,
+        config.max_length,
+        start_end=config.projector is not None and config.projector.start_end,
+    )
+    return Model(net.train(train), words, encoder, config)
+
+
+def _promote(net: nn.Module) -> None:
+    """What trains is kept in fp32, so that a small step is not lost in bf16's eight bits."""
+    for p in net.parameters():
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+
+
+def _asset(reference: str, cache: Path | None) -> Path:
+    """The folder of ``asset:NAME``, or the path itself."""
+    if reference.startswith(ASSET):
+        return assets.asset_dir(reference.removeprefix(ASSET), cache)
+    return Path(reference).expanduser()
+
+
+def _backbone(config: BackboneConfig, cache: Path | None) -> tuple[Llama, Tokenizer]:
+    dtype = DTYPES[config.dtype]
+    if config.source is None:
+        if config.llama is None or config.tokenizer is None:
+            raise ValueError("backbone.source is null: random weights need backbone.llama and backbone.tokenizer")
+        words = tokenizer.load(_asset(config.tokenizer, cache))
+        return Llama(config.llama).to(dtype), words
+    path = _asset(config.source, cache)
+    ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("**/*.gguf")) if path.is_dir() else []
+    words = tokenizer.load(_asset(config.tokenizer, cache) if config.tokenizer else (ggufs[0] if ggufs else path))
+    if ggufs:
+        path = cached_gguf(ggufs[0], (cache or assets.default_cache()) / "prepared")
+    return load_backbone(path, dtype=dtype), words
+
+
+def _tower(config: TowerSource, cache: Path | None) -> Tower:
+    tower = presets.build(config.preset)
+    if config.weights is None:
+        return tower
+    if config.weights.startswith(ASSET):
+        name = config.weights.removeprefix(ASSET)
+        load_tower(tower, load_efficientnet_lite(assets.single_file(name, "**/*.pth", cache)))
+    else:
+        load_tower(tower, load_file(Path(config.weights).expanduser()))
+    return tower
+
+
+def exported(net: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model folder: what trains, less heads that only training needs."""
+    return {k: v.detach() for k, v in trainable_state(net).items() if not k.startswith("aligner.")}
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    """Put ``config.yaml`` into a model folder."""
+    (folder / CONFIG_FILE).write_text(configuration.dump(config), encoding="utf-8")
+
+
+def save(model: Model, folder: Path, *, dtype: Literal["fp32", "fp16", "bf16"] = "fp32") -> None:
+    """Write a model folder, all or nothing. ``fp16`` halves the file and keeps eleven bits."""
+    with atomic_folder(folder) as private:
+        state = {k: v.to(DTYPES[dtype]).contiguous() for k, v in exported(model.net).items()}
+        save_file(state, private / WEIGHTS_FILE)
+        write_config(private, model.config)
+
+
+def load(folder: Path, *, cache: Path | None = None, train: bool = False) -> Model:
+    """The model of a folder written by :func:`save`.
+
+    Raises:
+        ValueError: when the folder is not a model folder, or its weights do not fit its configuration.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not a model folder: {name} is missing")
+    model = build(configuration.load(folder / CONFIG_FILE, ModelConfig), cache=cache, train=True)
+    state = load_file(folder / WEIGHTS_FILE)
+    wanted = trainable_state(model.net)
+    load_trainable(model.net, {k: v.to(wanted[k].dtype) if k in wanted else v for k, v in state.items()})
+    if not train:
+        model.net.requires_grad_(False).eval()
+    return model

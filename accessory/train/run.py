@@ -1,0 +1,137 @@
+"""An experiment file, from its text to a trained model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from accessory import config as configuration
+from accessory import log
+from accessory.data.loader import Loader
+from accessory.data.mixture import Ledger, Mixture
+from accessory.data.sources import load_sources
+from accessory.models import build
+from accessory.models.build import Model, ModelConfig
+from accessory.parallel import groups
+from accessory.train.config import TrainConfig
+from accessory.train.loop import Hooks, Result, train
+from accessory.train.objective import DialogueObjective, ObjectiveConfig
+
+LOG = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """``sources``: a file of ``data_configs/``, relative to the working directory or to the experiment file.
+
+    ``window`` batches are sorted by length together; ``workers`` processes encode ahead.
+    """
+
+    sources: str
+    workers: int = 1
+    window: int = 8
+    max_bad_rate: float = 0.05
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One experiment. ``init`` names a model folder whose trained tensors are the start of this run."""
+
+    train: TrainConfig
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    init: str | None = None
+    cache: str | None = None
+
+
+def main_config(
+    path: str | Path, overrides: Sequence[str] = (), resume: str | None = None, *, dry_run: bool = False
+) -> Result | None:
+    """Train what an experiment file says; with ``dry_run`` build everything, describe it and return None."""
+    config = configuration.load(path, RunConfig, overrides)
+    world = groups.setup()
+    try:
+        return run(config, resume, folder=Path(path).parent, device=world.device, dry_run=dry_run)
+    finally:
+        groups.shutdown()
+
+
+def run(
+    config: RunConfig,
+    resume: str | None = None,
+    *,
+    folder: Path = Path(),
+    device: torch.device | str = "cpu",
+    dry_run: bool = False,
+) -> Result | None:
+    """Build, train and export; the model folder is ``<output_dir>/final``."""
+    cache = Path(config.cache).expanduser() if config.cache else None
+    model = build.build(config.model, cache=cache, train=True)
+    objective = DialogueObjective(config.objective, model.tokenizer, cache)
+    objective.prepare(model.net)
+    model.net.to(device)
+    if config.init is not None:
+        warm_start(model.net, Path(config.init))
+    source = _loader(config, model, folder, cache)
+    describe(model, source)
+    if dry_run:
+        return None
+    hooks = Hooks(
+        blocks=model.net.backbone.layers,
+        export=lambda net: build.exported(net),
+        resolved=configuration.dump(config),
+        on_save=lambda final: build.write_config(final, model.config),
+    )
+    return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
+
+
+def warm_start(net: nn.Module, folder: Path) -> None:
+    """Copy the tensors of a model folder over the parameters of the same names.
+
+    Raises:
+        ValueError: when the folder has a tensor that the model lacks or that has another shape: part of what was
+            learned would be lost without a word.
+    """
+    state = load_file(folder / build.WEIGHTS_FILE)
+    own = net.state_dict()
+    bad = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
+    if bad:
+        raise ValueError(f"init {folder}: {len(bad)} tensors do not fit the model: {', '.join(bad[:10])}")
+    net.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in state.items()}})
+
+
+def _loader(config: RunConfig, model: Model, folder: Path, cache: Path | None) -> Loader:
+    named = Path(config.data.sources)
+    path = named if named.is_file() else folder / named
+    sources = load_sources(path, cache=cache, seed=config.train.seed, size=config.model.tiling.size)
+    ledger = Ledger(Path(config.train.output_dir) / "rejected.jsonl", max_rate=config.data.max_bad_rate)
+    return Loader(
+        Mixture(sources, config.train.seed),
+        model.encoder,
+        config.train.batch_size,
+        num_workers=config.data.workers,
+        window=config.data.window,
+        rank=groups.rank(),
+        world=groups.world_size(),
+        ledger=ledger,
+    )
+
+
+def describe(model: Model, source: Loader) -> None:
+    """Say what trains and on what."""
+    parts: dict[str, int] = {}
+    for name, p in model.net.named_parameters():
+        if p.requires_grad:
+            part = name.split(".")[0]
+            parts[part] = parts.get(part, 0) + p.numel()
+    total = sum(p.numel() for p in model.net.parameters())
+    trained = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in parts.items()) or "nothing"
+    LOG.info("%.1f M parameters, trained: %s", total / 1e6, trained)
+    for s in source.mixture.sources:
+        LOG.info("source %s: %d rows, weight %g", s.name, len(s), s.weight)

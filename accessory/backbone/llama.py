@@ -13,6 +13,7 @@ from accessory.nn.cache import KVCache
 from accessory.nn.feed_forward import Activation, FeedForward, ffn_width
 from accessory.nn.linear import Linear
 from accessory.nn.norm import RMSNorm
+from accessory.nn.packed import Packed
 from accessory.nn.rope import RopeScaling, table
 
 
@@ -71,9 +72,13 @@ Tap = int | tuple[int, ...] | None
 
 
 class Llama(nn.Module):
-    """A sequence of vectors in, a sequence of vectors out: no ids, no images and no loss in :meth:`forward`."""
+    """A sequence of vectors in, a sequence of vectors out: no ids, no images and no loss in :meth:`forward`.
+
+    Slot ``output_kernel``: the tied table as output projection, packed (:mod:`accessory.backbone.fast`).
+    """
 
     output: Linear | None
+    output_kernel: Packed | None
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -91,6 +96,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.dim, c.norm_eps, c.norm_offset)
         # Registered either way, so that "tied" is visible as a missing key and not as a second copy of the table.
         self.register_module("output", None if c.tie_embeddings else Linear(c.dim, c.vocab_size))
+        self.register_module("output_kernel", None)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings: (B, T) -> (B, T, D). Placeholders (negative ids) get row 0, to be overwritten."""
@@ -99,7 +105,12 @@ class Llama(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Vocabulary scores of final states: (B, T, D) -> (B, T, V)."""
-        return F.linear(h, self.tok_embeddings.weight) if self.output is None else self.output(h)
+        if self.output is not None:
+            return self.output(h)
+        tied = self.tok_embeddings.weight
+        if self.output_kernel is not None and self.output_kernel.fits(tied):
+            return self.output_kernel(h)[0]
+        return F.linear(h, tied)
 
     def cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache of the right shape, dtype and device for ``batch`` rows of ``max_length`` positions."""

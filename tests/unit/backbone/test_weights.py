@@ -146,6 +146,26 @@ def test_a_killed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_appears_by_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(store.os, "rename", fail)
+    with pytest.raises(OSError, match="no space left"):
+        hf.save_hf(model(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_of_two_conversions_stays(tmp_path: Path) -> None:
+    final = tmp_path / "cache"
+    with store.atomic_folder(final, keep_existing=True) as slow:
+        with store.atomic_folder(final, keep_existing=True) as fast:
+            (fast / store.MARKER).write_text("fast")
+        (slow / store.MARKER).write_text("slow")
+    assert (final / store.MARKER).read_text() == "fast"
+    assert list(tmp_path.iterdir()) == [final]
+
+
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     hf.save_hf(model(), tmp_path / "out")  # empty is fine

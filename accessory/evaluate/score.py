@@ -1,0 +1,133 @@
+"""Scores of a model on built-in test sets, each beside its controls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from accessory.backbone.generate import Sampling, generate
+from accessory.data.builtin import build
+from accessory.evaluate.metrics import judge
+from accessory.models.build import Model
+from accessory.schema import Encoded, Sample, Turn
+
+Control = Literal["none", "shuffled", "blind"]
+TASKS: tuple[str, ...] = (
+    "emoji-names",
+    "scenes-grounding",
+    "scenes-count",
+    "scenes-relation",
+    "scenes-colour",
+    "scenes-region",
+    "scenes-wide",
+    "words-ocr",
+    "easy-vqa",
+)
+MAX_NEW_TOKENS = 32  # a box takes 24
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: what was asked, the truth, the answer, and the verdict."""
+
+    index: int
+    question: str
+    truth: str
+    answer: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """The result of one task under one control. ``seconds`` is wall time, drawing the pictures included."""
+
+    task: str
+    control: Control
+    correct: int
+    total: int
+    seconds: float
+    items: tuple[Item, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.correct / self.total
+
+
+def score(
+    model: Model,
+    task: str,
+    *,
+    limit: int | None = None,
+    control: Control = "none",
+    cache: Path | None = None,
+    batch_size: int = 64,
+) -> ScoreRow:
+    """Ask ``model`` every question of a task's test split (or the first ``limit``, spread evenly), greedily.
+
+    ``control`` shuffled: each question gets another question's picture; blind: it gets none. What remains is what
+    the words alone give away. The score does not depend on ``batch_size`` (up to ties in low precision).
+
+    Raises:
+        ValueError: for an unknown task or a limit below 2; AssetError when its asset is missing.
+    """
+    begin = time.monotonic()
+    rows = build(task, "test", cache=cache, size=model.config.tiling.size)
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit is {limit}, it must be at least 2 (a shuffle of one picture changes nothing)")
+    total = len(rows) if limit is None else min(limit, len(rows))
+    chosen = [k * len(rows) // total for k in range(total)]
+    right = judge(task)
+    items: list[Item] = []
+    for start in range(0, total, batch_size):
+        part = range(start, min(start + batch_size, total))
+        samples = [rows[chosen[k]] for k in part]
+        if control != "none":
+            # Half a turn around the set: no picture stays, and neighbours of one kind are left far behind.
+            samples = [_without(s, rows[chosen[(k + total // 2) % total]], control) for k, s in zip(part, samples)]
+        for k, sample, answer in zip(part, samples, answers(model, samples), strict=True):
+            truth = sample.turns[-1].text
+            items.append(Item(chosen[k], sample.turns[-2].text, truth, answer, right(answer, truth)))
+    return ScoreRow(task, control, sum(i.right for i in items), total, time.monotonic() - begin, tuple(items))
+
+
+def _without(sample: Sample, other: Sample, control: Control) -> Sample:
+    """The same question without its picture, or with another's."""
+    pictures = other.turns[0].pictures if control == "shuffled" else ()
+    words = tuple(p for p in sample.turns[0].parts if isinstance(p, str))
+    return replace(sample, turns=(Turn(sample.turns[0].role, (*pictures, *words)), *sample.turns[1:]))
+
+
+@torch.inference_mode()
+def answers(model: Model, samples: Sequence[Sample], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
+    """Greedy answers to the last question of each dialogue (its own last answer is not shown to the model)."""
+    rows = [model.encoder.encode(replace(s, turns=s.turns[:-1]), generate=True) for s in samples]
+    stop = tuple(model.tokenizer.special(n) for n in model.template.stop_controls)
+    sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=stop)
+    tokens = generate(model.net.backbone, list(prompts(model, rows)), sampling=sampling)
+    texts = [model.tokenizer.decode([t for t in row if t not in stop]) for row in tokens]
+    return [_cut(text, model.template.stop_texts).strip() for text in texts]
+
+
+def prompts(model: Model, rows: Sequence[Encoded]) -> Iterator[Tensor]:
+    """Input vectors (T, D) of every row; the tiles of all rows are encoded together."""
+    tiles = torch.cat([r.tiles for r in rows])
+    features = model.net.encode(tiles) if model.net.projector is not None and len(tiles) else None
+    at = 0
+    for row in rows:
+        n = len(row.tiles)
+        mine = None if features is None or n == 0 else features[at : at + n]
+        at += n
+        yield model.net.embed(row.ids[None], features=mine)[0]
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text

@@ -46,7 +46,7 @@ def tiny_tokenizer(folder: Path) -> Path:
 
 
 def tiny_config(tokenizer_path: Path, *, template: str = "chatml_plain", grid: int = 1) -> ModelConfig:
-    """Two blocks of width 32 over a tower of 64-pixel tiles and 4 tokens each; everything trains, so a save is whole."""
+    """Two blocks of width 32 over a tower of 64-pixel tiles and 4 tokens each; all of it trains and is saved."""
     return ModelConfig(
         backbone=BackboneConfig(
             source=None,

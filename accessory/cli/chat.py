@@ -1,0 +1,194 @@
+"""``python -m accessory chat --model DIR [--image F] [--ask TEXT]``: talk about pictures in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accessory.schema import Turn
+    from accessory.serve.chat import Chat
+
+HELP = """\
+Type a question; the answer streams below it. Ctrl-C stops an answer, Ctrl-D or /quit leaves.
+  /image PATH   show a picture with the next question (several are fine; quote names with blanks)
+  /undo         forget the last question and its answer
+  /reset        begin anew
+  /save FILE    write the dialogue as JSON
+  /help         this text
+  /quit         leave"""
+
+
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = sub.add_parser("chat", help="talk about pictures in the terminal")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, or the name of a shipped model")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="picture for the first question (repeatable)"
+    )
+    parser.add_argument("--ask", action="append", metavar="TEXT", help="ask this, print the answer, exit (repeatable)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest words")
+    parser.add_argument("--top-p", type=float, help="draw only from the likeliest words that reach this probability")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
+    parser.add_argument("--seed", type=int, help="makes a temperature above 0 repeatable")
+    parser.add_argument("--cache", type=Path, help="cache folder of the assets")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Chat. 0 at the end of input; 2 for what cannot be opened."""
+    from accessory.backbone.generate import Sampling
+    from accessory.data.assets import AssetError
+    from accessory.serve.chat import load
+
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+    )
+    try:
+        model = load(args.model, cache=args.cache, sampling=sampling)
+    except AssetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    terminal = Terminal(model.new_chat())
+    for name in args.image:
+        terminal.show(name)
+    if args.ask:
+        for text in args.ask:
+            terminal.ask(text)
+        return 0
+    return terminal.loop()
+
+
+class Terminal:
+    """A chat on stdin and stdout; prompts and remarks appear only for a person, so that output can be piped."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.waiting: list[Path] = []  # pictures for the next question
+        self._person = sys.stdin.isatty()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image, "/undo": self._undo, "/reset": self._reset, "/save": self._save, "/help": self._help,
+        }  # fmt: skip
+
+    def show(self, name: str) -> None:
+        """Lay a picture beside the next question; ValueError when it cannot be opened."""
+        from accessory.serve.media import open_uploads
+
+        path = Path(name).expanduser()
+        open_uploads([*self.waiting, path], self.chat.limits)
+        self.waiting.append(path)
+
+    def ask(self, text: str) -> None:
+        """Print the answer as it comes; a notice goes to stderr."""
+        from accessory.serve.chat import Notice
+        from accessory.serve.media import user_turn
+
+        events = self.chat.events(user_turn(text, self.waiting, self.chat.limits))
+        self.waiting = []
+        try:
+            for event in events:
+                if isinstance(event, Notice):
+                    print(f"({event.text})", file=sys.stderr, flush=True)
+                else:
+                    print(event, end="", flush=True)
+        finally:
+            events.close()
+            print(flush=True)
+
+    def loop(self) -> int:
+        """Questions and commands until the input ends."""
+        if self._person:
+            import readline  # noqa: F401  # gives input() line editing and a history
+
+            print("Ask away; /image PATH shows a picture, /help lists the rest.")
+        while True:
+            try:
+                line = input("> " if self._person else "").strip()
+            except EOFError:
+                if self._person:
+                    print()
+                return 0
+            except KeyboardInterrupt:
+                if not self._person:
+                    raise
+                print("\n(Ctrl-D or /quit leaves)")
+                continue
+            if line in ("/quit", "/exit"):
+                return 0
+            if line:
+                self._handle(line)
+
+    def _handle(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        # A name with a second slash is a question that begins with a path, not a command.
+        command = self._commands.get(name) if "/" not in name[1:] else None
+        try:
+            if command is not None:
+                command(rest.strip())
+            elif name.startswith("/") and "/" not in name[1:]:
+                self._remark(f"unknown command {name}; there are: {', '.join(self._commands)}, /quit")
+            else:
+                self.ask(line)
+        except ValueError as error:
+            self._remark(f"error: {error}")
+        except KeyboardInterrupt:
+            self._remark("(stopped)")
+
+    def _image(self, rest: str) -> None:
+        names = shlex.split(rest) if not Path(rest).expanduser().is_file() else [rest]
+        if not names:
+            raise ValueError("/image needs the path of a picture")
+        for name in names:
+            self.show(name)
+        self._remark(f"({len(self.waiting)} for the next question)")
+
+    def _undo(self, rest: str) -> None:
+        question = self.chat.undo()
+        self._remark("nothing to forget" if question is None else f"(forgotten: {question.text})")
+
+    def _reset(self, rest: str) -> None:
+        self.chat.reset()
+        self.waiting = []
+        self._remark("(a new dialogue)")
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("/save needs a file name")
+        path = Path(rest).expanduser()
+        try:
+            path.write_text(json.dumps([_plain(t) for t in self.chat.history], indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        self._remark(f"({len(self.chat.history)} turns in {path})")
+
+    def _help(self, rest: str) -> None:
+        print(HELP)
+
+    def _remark(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _plain(turn: Turn) -> dict[str, Any]:
+    """A turn as a message; pictures as PNG data: URLs, so that the file stands alone."""
+    import base64
+    import io
+
+    from accessory.data.image import open_picture
+
+    if not turn.pictures:
+        return {"role": turn.role, "content": turn.text}
+    parts: list[dict[str, Any]] = []
+    for part in turn.parts:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+            continue
+        png = io.BytesIO()
+        open_picture(part.source).save(png, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return {"role": turn.role, "content": parts}

@@ -1,0 +1,295 @@
+"""Conversations over one shared model: streamed answers, and a key/value cache that lives as long as the dialogue.
+
+Every turn renders the whole dialogue again, compares it position by position with what the cache holds, forgets what
+differs and feeds only the rest. That is right for a further question, for an undone turn and for an edited history
+alike; a picture that the cache holds is never encoded again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accessory.backbone.generate import Sampling
+from accessory.models import build
+from accessory.models.build import Model
+from accessory.nn.cache import KVCache
+from accessory.schema import Turn
+from accessory.serve.answer import Answer, Cost, Prompt, common
+from accessory.serve.media import Limits, Source, turns_of, user_turn
+
+SHIPPED = Path(__file__).resolve().parents[2] / "weights"
+"""Where the models lie that come with a checkout."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know that is no part of the answer."""
+
+    text: str
+
+
+class Chat:
+    """One conversation. Many may share a model: steps of different chats take turns under a common ``lock``.
+
+    ``sampling`` is the default of :meth:`ask`; the template's stops are always added. Dialogues that no longer fit
+    ``max_length`` of the model's configuration lose their oldest whole exchanges, and a :class:`Notice` says so.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        history: Sequence[Turn] = (),
+        lock: threading.RLock | None = None,
+    ) -> None:
+        self.model, self.sampling, self.limits = model, sampling or Sampling(), limits or Limits()
+        self.last_cost: Cost | None = None
+        # Reentrant: a forgotten answer may be collected, and so closed, while this thread holds the lock.
+        self._lock = lock or threading.RLock()
+        self._history = tuple(history)
+        self._first = self._head()  # index of the oldest turn that the model still reads
+        self._cache: KVCache | None = None
+        self._held: list[int | bytes] = []
+        self._open: tuple[Answer, Turn] | None = None
+
+    @property
+    def history(self) -> tuple[Turn, ...]:
+        """Everything said so far, also what the model no longer reads."""
+        return self._history
+
+    @property
+    def turns(self) -> int:
+        """Questions answered so far."""
+        return sum(t.role == "assistant" for t in self._history)
+
+    def ask(
+        self, text: str, images: Sequence[Source] = (), sampling: Sampling | None = None
+    ) -> Generator[str, None, None]:
+        """The answer to ``text`` about ``images`` (paths, bytes or PIL) in pieces as they come.
+
+        Closing the iterator stops the answer; what was said until then stays in the history.
+
+        Raises:
+            ValueError: at once, before anything changes, for unusable pictures or a turn that cannot fit.
+        """
+        events = self.events(user_turn(text, images, self.limits), sampling)
+        return _texts(events)
+
+    def say(self, text: str, images: Sequence[Source] = (), sampling: Sampling | None = None) -> str:
+        """The whole answer."""
+        return "".join(self.ask(text, images, sampling))
+
+    def events(self, turn: Turn, sampling: Sampling | None = None) -> Generator[str | Notice, None, None]:
+        """As :meth:`ask`, for a turn already made, with notices among the pieces."""
+        if turn.pictures and self.model.net.projector is None:
+            raise ValueError("this model takes no pictures in a chat: it has no projector that splices them in")
+        with self._lock:
+            self._settle()
+            sampling = self._with_stops(sampling or self.sampling)
+            first, prompt = self._fit(turn, sampling.max_new_tokens)
+            limit = self.model.config.max_length
+            if self._cache is None:
+                self._cache = self.model.net.backbone.cache(1, limit)
+            room = min(sampling.max_new_tokens, limit - len(prompt.ids))
+            sampling = replace(sampling, max_new_tokens=room)
+            answer = Answer(self.model, self._cache, prompt, sampling, prompt.reusable(self._held))
+            gone = sum(t.role == "user" for t in self._history[self._first : first])
+            self._first, self._open = first, (answer, turn)
+        notices = [Notice(_forgotten(gone, limit))] if gone else []
+        return self._run(answer, notices)
+
+    def undo(self) -> Turn | None:
+        """Forget the last question and its answer; the question, or None when there was none."""
+        asked = [i for i, t in enumerate(self._history) if t.role == "user"]
+        if not asked:
+            return None
+        question = self._history[asked[-1]]
+        self.rewind(len(asked) - 1)
+        return question
+
+    def rewind(self, questions: int) -> None:
+        """Forget everything from question number ``questions`` (counted from 0) on."""
+        with self._lock:
+            self._settle()
+            asked = [i for i, t in enumerate(self._history) if t.role == "user"]
+            if questions < len(asked):
+                self._history = self._history[: asked[questions]]
+            self._first = min(self._first, len(self._history))
+
+    def follow(self, asked: Sequence[str]) -> int:
+        """Keep only the leading questions that are ``asked`` (what a page still shows); how many these are."""
+        with self._lock:
+            self._settle()
+            own = [t.text.strip() for t in self._history if t.role == "user"]
+            same = common(own, [text.strip() for text in asked])
+            self.rewind(same)
+        return same
+
+    def reset(self) -> None:
+        """Forget the dialogue; a system turn stays."""
+        self.rewind(0)
+        self._first = self._head()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _head(self) -> int:
+        """Index of the first turn that is not the system's."""
+        return int(bool(self._history) and self._history[0].role == "system")
+
+    def _with_stops(self, sampling: Sampling) -> Sampling:
+        words, template = self.model.tokenizer, self.model.template
+        ids = {*sampling.stop_ids}
+        for name in (*template.stop_controls, "eos"):
+            try:
+                ids.add(words.special(name))
+            except ValueError:
+                continue  # a template also names ends that this vocabulary does not have
+        texts = dict.fromkeys((*sampling.stop, *template.stop_texts))
+        return replace(sampling, stop_ids=tuple(sorted(ids)), stop=tuple(texts))
+
+    def _fit(self, turn: Turn, wanted: int) -> tuple[int, Prompt]:
+        """The prompt, and the index of the oldest turn in it after whole exchanges were dropped to make room."""
+        limit = self.model.config.max_length
+        room = min(wanted, limit // 4)
+        starts = [i for i, t in enumerate(self._history) if t.role == "user" and i >= self._first]
+        for first in (*starts, len(self._history)):
+            prompt = Prompt.of(self.model, (*self._history[: self._head()], *self._history[first:], turn))
+            if len(prompt.ids) + room <= limit:
+                return first, prompt
+        if len(prompt.ids) < limit:
+            return len(self._history), prompt
+        seen = int((prompt.ids < 0).sum())
+        raise ValueError(
+            f"this turn alone takes {len(prompt.ids)} positions ({seen} of them for {len(turn.pictures)} pictures), "
+            f"the limit of this model is {limit}; ask less or bring fewer pictures"
+        )
+
+    def _run(self, answer: Answer, notices: Sequence[Notice]) -> Generator[str | Notice, None, None]:
+        failed = False
+        try:
+            yield from notices
+            while not answer.finished:
+                with self._lock:
+                    if self._open is None or self._open[0] is not answer:
+                        return  # a newer question has taken over
+                    piece = answer.step()
+                if piece:
+                    yield piece
+        except Exception:
+            failed = True
+            raise
+        finally:
+            with self._lock:
+                if self._open is not None and self._open[0] is answer:
+                    self._settle(failed)
+
+    def _settle(self, failed: bool = False) -> None:
+        """End the open answer: note what the cache holds, and keep what was said, if anything was."""
+        if self._open is None:
+            return
+        (answer, turn), self._open = self._open, None
+        if not answer.begun:
+            return  # nobody listened, and the cache is as it was
+        self._held, self.last_cost = answer.held(), answer.cost()
+        if not failed and (answer.text or answer.finished):
+            self._history = (*self._history, turn, Turn("assistant", (answer.text,)))
+
+
+def _texts(events: Generator[str | Notice, None, None]) -> Generator[str, None, None]:
+    try:
+        for event in events:
+            if isinstance(event, str):
+                yield event
+    finally:
+        events.close()
+
+
+def _forgotten(gone: int, limit: int) -> str:
+    what = "The oldest question" if gone == 1 else f"The {gone} oldest questions"
+    return f"{what} and what belongs to {'it' if gone == 1 else 'them'} no longer fit {limit} positions: forgotten."
+
+
+class ChatModel:
+    """A loaded model that starts conversations; safe to share between threads.
+
+    >>> model = accessory.load("weights/nano")           # doctest: +SKIP
+    >>> model.chat("What is this?", images=["cat.png"])  # doctest: +SKIP
+    'cat'
+    """
+
+    def __init__(self, model: Model, *, sampling: Sampling | None = None, limits: Limits | None = None) -> None:
+        self.model, self.sampling, self.limits = model, sampling or Sampling(), limits or Limits()
+        self._lock = threading.RLock()
+
+    def new_chat(self, history: Sequence[Turn] = ()) -> Chat:
+        """A conversation that goes on from ``history``."""
+        return Chat(self.model, sampling=self.sampling, limits=self.limits, history=history, lock=self._lock)
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], images: Sequence[Source] = (), **sampling: Any) -> str:
+        """The answer to a question about ``images``, or to a dialogue of messages whose last is the user's.
+
+        ``sampling`` sets fields of :class:`accessory.backbone.generate.Sampling`, e.g. ``temperature=0.7``.
+        """
+        if isinstance(messages, str):
+            turns: tuple[Turn, ...] = (user_turn(messages, images, self.limits),)
+        elif images:
+            raise ValueError("in a list of messages the pictures are parts of a message; give no images beside it")
+        else:
+            turns = turns_of(messages, self.limits)
+        if not turns or turns[-1].role != "user":
+            raise ValueError("the last message must be the user's, otherwise there is nothing to answer")
+        events = self.new_chat(turns[:-1]).events(turns[-1], replace(self.sampling, **sampling))
+        return "".join(_texts(events))
+
+
+class Sessions:
+    """One :class:`Chat` a visitor; the one idle for longest is forgotten when there are more than ``capacity``."""
+
+    def __init__(self, model: ChatModel, capacity: int = 16) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        self._model, self._capacity = model, capacity
+        self._chats: OrderedDict[str, Chat] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Chat:
+        """The chat of ``key``, new when there is none."""
+        with self._lock:
+            chat = self._chats.pop(key, None) or self._model.new_chat()
+            self._chats[key] = chat
+            while len(self._chats) > self._capacity:
+                self._chats.popitem(last=False)
+            return chat
+
+    def drop(self, key: str) -> None:
+        """Forget a visitor."""
+        with self._lock:
+            self._chats.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._chats)
+
+
+def find_model(name: str | Path) -> Path:
+    """A model folder from its path or the name of a model that comes with a checkout; ValueError lists these."""
+    path = Path(name).expanduser()
+    for folder in (path, SHIPPED / path if len(path.parts) == 1 and not path.is_absolute() else path):
+        if (folder / build.CONFIG_FILE).is_file():
+            return folder
+    shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{build.CONFIG_FILE}"))
+    there = f"shipped models are: {', '.join(shipped)}" if shipped else "this checkout ships no models"
+    raise ValueError(f"{name} is neither a model folder (with a {build.CONFIG_FILE}) nor a shipped model; {there}")
+
+
+def load(
+    folder: str | Path, *, cache: Path | None = None, sampling: Sampling | None = None, limits: Limits | None = None
+) -> ChatModel:
+    """The model of a folder (or a shipped one by name), ready to chat. ``cache``: where the assets lie."""
+    return ChatModel(build.load(find_model(folder), cache=cache), sampling=sampling, limits=limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from accessory.train.config import TrainConfig
 class Experiment:
     train: TrainConfig
 def main_config(path, overrides, resume, dry_run=False):
+    from accessory.parallel import groups
+    world = groups.setup("cpu")
     from toy import ToySource, toy_model, toy_objective
     from accessory.train.loop import Hooks, train
     found = config.load(path, Experiment, overrides)
@@ -31,7 +34,10 @@ def main_config(path, overrides, resume, dry_run=False):
         print(config.dump(found))
         return None
     hooks = Hooks(resolved=config.dump(found))
-    return train(toy_model(dropout=0.1), ToySource(), toy_objective, found.train, resume=resume, hooks=hooks)
+    source = ToySource(2, world.rank, world.size)
+    result = train(toy_model(dropout=0.1), source, toy_objective, found.train, resume=resume, hooks=hooks)
+    groups.shutdown()
+    return result
 stand_in = types.ModuleType("accessory.train.run")
 stand_in.main_config = main_config
 sys.modules["accessory.train.run"] = stand_in
@@ -45,7 +51,7 @@ sys.exit(main(sys.argv[1:]))
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
     return subprocess.run(
-        [sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, env=env, timeout=120
+        [sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, env=env, timeout=280
     )
 
 
@@ -78,6 +84,20 @@ def test_train_override_resume(experiment: Path, tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     assert "done (steps): step 4" in second.stderr
     assert (tmp_path / "run" / "final" / "trainable.safetensors").is_file()
+
+
+def test_under_torchrun(experiment: Path, tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), "train", str(experiment), "train.tensorboard=false"],
+        capture_output=True, text=True, env=env, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 4/4 loss") == 1  # one rank speaks
+    assert len(json.loads((tmp_path / "run" / "step-000004" / "state.json").read_text())["ranks"]) == 2
 
 
 def test_mistakes_are_one_message_and_debug_has_the_traceback(experiment: Path) -> None:

@@ -100,8 +100,10 @@ def training_forward(model: Llama, tokens: Tensor, io: dict[str, Tensor], c: Com
     if "mid.freqs_cis_first_rows" in io:
         expected = io.pop("mid.freqs_cis_first_rows")
         k, positions = model.config, torch.arange(expected.shape[0])[None]
-        cos, sin = table(positions, k.head_width, k.rope_theta, k.rope_scaling)
-        c.tensor("freqs_cis", torch.stack((cos[0], sin[0]), -1), expected)
+        rope = table(positions, k.head_width, k.rope_theta, k.rope_scaling)
+        # Complex factors, or a pair of cos and sin: either way (T, A/2, 2).
+        pairs = torch.view_as_real(rope) if isinstance(rope, Tensor) else torch.stack(rope, -1)
+        c.tensor("freqs_cis", pairs[0], expected)
     names = [n.removeprefix("mid.") for n in io if n.startswith("mid.")]
     seen: dict[str, Tensor] = {}
     hooks = []

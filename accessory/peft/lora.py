@@ -100,8 +100,10 @@ def merge(linear: Linear) -> float:
     if not (math.isfinite(error) and error <= limit):
         raise ValueError(f"folding would change the outputs by {error:.2g} of their maximum, the limit is {limit:g}")
     weight, bias = folded(linear)
-    linear.weight.data = weight
+    # New parameters, not new values under the old ones: whoever keeps a packed copy must be able to notice, and the old
+    # memory may be a read-only file.
+    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     if linear.bias is not None and bias is not None:
-        linear.bias.data = bias
+        linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
     linear.delta, linear.scale = None, None
     return error

@@ -112,3 +112,16 @@ def test_the_gate_measures_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None
     assert folding_error(linear) > 1e-4
     with pytest.raises(ValueError, match="folding would change"):
         merge_linear(linear)
+
+
+def test_merging_is_visible_to_whoever_keeps_a_copy_of_the_weight() -> None:
+    """Packed kernels know a weight by identity and version; assigning to ``.data`` would change neither."""
+    linear = Linear(8, 8, bias=True)
+    linear.delta = LowRank(8, 8, rank=2)
+    torch.nn.init.normal_(linear.delta.b.weight)
+    linear.requires_grad_(False)
+    weight, version, values = linear.weight, linear.weight._version, linear.weight.clone()
+    merge_linear(linear)
+    assert linear.weight is not weight or linear.weight._version != version
+    assert torch.equal(weight, values)  # the old memory is not written
+    assert not linear.weight.requires_grad

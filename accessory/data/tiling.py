@@ -21,17 +21,25 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """``size`` pixels a tile side; ``grid`` tiles a canvas side (1: only the global view, ``auto``: by resolution)."""
+    """``size`` pixels a tile side; ``grid`` tiles a canvas side.
+
+    A grid of 1 is the global view alone; ``auto`` follows the resolution, ``aspect`` the ratio of the sides (a square
+    picture of any resolution stays one view, a 4:1 one becomes four tiles and twelve skips); both at most ``max_grid``.
+    """
 
     size: int
-    grid: int | Literal["auto"] = 1
+    grid: int | Literal["auto", "aspect"] = 1
     global_view: bool = True
     skip: bool = True
-    max_grid: int = 2  # for ``auto``
+    max_grid: int = 2
 
     def plan(self, width: int, height: int) -> TilePlan:
         """The views of a picture of this size."""
-        grid = auto_grid(width, height, size=self.size, max_grid=self.max_grid) if self.grid == "auto" else self.grid
+        grid = self.grid
+        if grid == "auto":
+            grid = auto_grid(width, height, size=self.size, max_grid=self.max_grid)
+        elif grid == "aspect":
+            grid = aspect_grid(width, height, max_grid=self.max_grid)
         return plan(width, height, size=self.size, grid=grid, global_view=self.global_view, skip=self.skip)
 
 
@@ -66,6 +74,13 @@ class TilePlan:
 def auto_grid(width: int, height: int, *, size: int, max_grid: int) -> int:
     """The smallest grid whose canvas is no smaller than the picture, at most ``max_grid``."""
     return max(1, min(max_grid, -(-max(width, height) // size)))
+
+
+def aspect_grid(width: int, height: int, *, max_grid: int) -> int:
+    """The ratio of the longer to the shorter side, rounded, between 1 and ``max_grid``."""
+    if min(width, height) < 1:
+        raise ValueError(f"tiling: a picture of {width} x {height} pixels has no area")
+    return max(1, min(max_grid, round(max(width, height) / min(width, height))))
 
 
 def plan(width: int, height: int, *, size: int, grid: int, global_view: bool = True, skip: bool = True) -> TilePlan:

@@ -14,14 +14,18 @@ class Aligner(nn.Module):
     The class vector of an answer is the mean of its frozen token embeddings, centred over the list: a picture whose
     projected features point there is already close to the words that the backbone has to say, so the language model
     learns to read pictures from few samples. (LiT, Zhai et al. 2022, with the embedding table as the text tower.)
+
+    Names that share words have class vectors close together, which teaches a tower slowly; a free linear ``head`` over
+    its pooled tokens (C channels) beside it teaches it fast.
     """
 
     classes: Tensor
     centre: Tensor
 
-    def __init__(self, num_classes: int, dim: int) -> None:
+    def __init__(self, num_classes: int, dim: int, width: int) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(30.0)))
+        self.head = nn.Linear(width, num_classes)
         self.register_buffer("classes", torch.zeros(num_classes, dim), persistent=False)
         self.register_buffer("centre", torch.zeros(dim), persistent=False)
         self.index: dict[tuple[int, ...], int] = {}
@@ -46,7 +50,8 @@ class Aligner(nn.Module):
         """Class index of every answer, -100 for one that is not on the list."""
         return torch.tensor([self.index.get(tuple(a), -100) for a in answers], device=self.classes.device)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Class scores (N, num_classes) of projected features (N, P, D)."""
+    def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Class scores (N, num_classes) of projected features (N, P, D), and of tower tokens (N, P, C) by the head."""
         pooled = features.float().mean(1) - self.centre
-        return F.normalize(pooled, dim=-1) @ self.classes.T * self.log_scale.exp().clamp(max=100.0)
+        scores = F.normalize(pooled, dim=-1) @ self.classes.T * self.log_scale.exp().clamp(max=100.0)
+        return scores, self.head(tokens.float().mean(1))

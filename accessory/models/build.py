@@ -6,7 +6,7 @@ assets or folders that are named there. Base weights are never copied into it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +75,11 @@ class ResamplerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model as a value. ``tuning`` names what is added and what trains; all else is frozen."""
+    """A model as a value. ``tuning`` names what is added and what trains; all else is frozen.
+
+    ``base`` names a model folder that this one stands on: everything but ``tuning`` is that model's, with its trained
+    tensors, and is not copied. A path that is not found from the working directory counts from the checkout.
+    """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     tower: TowerSource | None = field(default_factory=TowerSource)
@@ -85,6 +89,7 @@ class ModelConfig:
     template: str = "chatml_plain"
     tiling: TilingConfig = field(default_factory=lambda: TilingConfig(size=128))
     max_length: int = 1024
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,10 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
     Raises:
         ValueError: for sizes that do not fit together; AssetError when an asset has not been fetched.
     """
+    if config.base is not None:
+        return _on_base(config, cache, train)
     backbone, words = _backbone(config.backbone, cache)
-    tower = None if config.tower is None else _tower(config.tower, cache)
+    tower = None if config.tower is None else build_tower(config.tower, cache)
     projector = resampler = None
     if tower is not None and config.projector is not None:
         projector = Projector(tower.groups, backbone.config.dim, config.projector.layers, config.projector.start_end)
@@ -131,6 +138,27 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         start_end=config.projector is not None and config.projector.start_end,
     )
     return Model(net.train(train), words, encoder, config)
+
+
+def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
+    """The base model, frozen as it was trained, with ``tuning`` on top."""
+    base = load(base_folder(config), cache=cache)
+    resolved = replace(base.config, base=config.base, tuning=config.tuning)
+    plain = replace(ModelConfig(), base=config.base, tuning=config.tuning)
+    names = [f.name for f in fields(config)]
+    if said := [n for n in names if getattr(config, n) not in (getattr(plain, n), getattr(resolved, n))]:
+        raise ValueError(f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning is named")
+    if config.tuning:
+        attach(base.net, config.tuning, dtype=torch.float32)
+    base.net.requires_grad_(False) if not train else _promote(base.net)
+    return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)
+
+
+def base_folder(config: ModelConfig) -> Path:
+    """Where the base model lies."""
+    assert config.base is not None
+    path = Path(config.base).expanduser()
+    return path if path.exists() else Path(__file__).resolve().parents[2] / path
 
 
 def _promote(net: nn.Module) -> None:
@@ -162,7 +190,8 @@ def _backbone(config: BackboneConfig, cache: Path | None) -> tuple[Llama, Tokeni
     return load_backbone(path, dtype=dtype), words
 
 
-def _tower(config: TowerSource, cache: Path | None) -> Tower:
+def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
+    """An encoder with its weights, frozen or not as it comes from the library."""
     tower = presets.build(config.preset)
     if config.weights is None:
         return tower

@@ -66,12 +66,17 @@ class DialogueObjective:
             return
         names = [self.tokenizer.encode(c.label, glued=True) for c in concepts(self.cache)]
         table = net.backbone.tok_embeddings.weight
-        net.aligner = Aligner(len(names), table.shape[1]).to(table.device)
+        if net.tower is None:
+            raise ValueError("objective.align needs a model with a tower")
+        net.aligner = Aligner(len(names), table.shape[1], net.tower.groups[0].width).to(table.device)
         net.aligner.set_answers(names, table.detach())
 
     def __call__(self, model: MLLM, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]:
         """Loss sum and count (scalars), and metrics as sums over the count."""
-        features = None if model.projector is None else model.encode(batch.tiles)
+        tokens = features = None
+        if model.tower is not None and model.projector is not None:
+            tokens = model.tower.tokens(batch.tiles)
+            features = model.projector(tokens)
         total = count = torch.zeros((), device=batch.ids.device)
         metrics: dict[str, Tensor | float] = {}
         if self.config.language:
@@ -79,8 +84,8 @@ class DialogueObjective:
             metrics["language"] = loss.detach()
             total = loss * self.config.language
         align = self.config.align
-        if align is not None and features is not None:
-            mean, rows, right = self._align(model, batch, features)
+        if align is not None and tokens is not None and features is not None:
+            mean, rows, right = self._align(model, batch, features, tokens[0])
             count = count if self.config.language else count + rows
             metrics |= {"align": mean.detach() * count, "align_accuracy": right / max(rows, 1) * count}
             total = total + align.weight * mean * count
@@ -94,7 +99,7 @@ class DialogueObjective:
         loss = F.cross_entropy(logits, batch.labels[:, 1:][learned], reduction="sum")
         return loss, learned.sum()
 
-    def _align(self, net: MLLM, batch: Batch, features: Tensor) -> tuple[Tensor, int, int]:
+    def _align(self, net: MLLM, batch: Batch, features: Tensor, tokens: Tensor) -> tuple[Tensor, int, int]:
         """Mean loss over aligned rows, their number, and how many are right."""
         assert isinstance(net.aligner, Aligner)
         assert self.config.align is not None
@@ -105,8 +110,10 @@ class DialogueObjective:
         use = target != IGNORE
         if not bool(use.any()):
             return features.float().sum() * 0, 0, 0
-        scores = net.aligner(features[first[use]])
-        loss = F.cross_entropy(scores, target[use], label_smoothing=self.config.align.smoothing)
+        scores, free = net.aligner(features[first[use]], tokens[first[use]])
+        smoothing = self.config.align.smoothing
+        parts = [F.cross_entropy(s, target[use], label_smoothing=smoothing) for s in (scores, free)]
+        loss = torch.stack(parts).mean()
         return loss, int(use.sum()), int((scores.argmax(-1) == target[use]).sum())
 
 

@@ -18,6 +18,7 @@ from accessory.data.sources import load_sources
 from accessory.models import build
 from accessory.models.build import Model, ModelConfig
 from accessory.parallel import groups
+from accessory.train import rng
 from accessory.train.config import TrainConfig
 from accessory.train.loop import Hooks, Result, train
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
@@ -72,6 +73,7 @@ def run(
 ) -> Result | None:
     """Build, train and export; the model folder is ``<output_dir>/final``."""
     cache = Path(config.cache).expanduser() if config.cache else None
+    rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)
     objective = DialogueObjective(config.objective, model.tokenizer, cache)
     objective.prepare(model.net)
@@ -109,7 +111,7 @@ def warm_start(net: nn.Module, folder: Path) -> None:
 def _loader(config: RunConfig, model: Model, folder: Path, cache: Path | None) -> Loader:
     named = Path(config.data.sources)
     path = named if named.is_file() else folder / named
-    sources = load_sources(path, cache=cache, seed=config.train.seed, size=config.model.tiling.size)
+    sources = load_sources(path, cache=cache, seed=config.train.seed, size=model.config.tiling.size)
     ledger = Ledger(Path(config.train.output_dir) / "rejected.jsonl", max_rate=config.data.max_bad_rate)
     return Loader(
         Mixture(sources, config.train.seed),

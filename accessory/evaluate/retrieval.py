@@ -1,0 +1,45 @@
+"""Naming by nearest neighbour: what an encoder's features give without any language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.data import emoji
+from accessory.data.image import to_tensor
+from accessory.vision.tower import Tower
+
+
+@torch.inference_mode()
+def pooled(tower: Tower, style: str, cache: Path | None = None, batch_size: int = 128) -> Tensor:
+    """Mean tokens (num_concepts, C) of the plain drawings of one style."""
+    from PIL import Image
+
+    drawn = emoji.pictures(style, cache=cache)
+    out = []
+    for start in range(0, len(drawn), batch_size):
+        views = [emoji.plain(np.asarray(p), tower.size) for p in drawn[start : start + batch_size]]
+        tiles = torch.stack([to_tensor(Image.fromarray(v)) for v in views])
+        out.append(tower.tokens(tiles)[0].float().mean(1))
+    return torch.cat(out)
+
+
+def nearest_accuracy(references: list[Tensor], queries: Tensor) -> float:
+    """Share of queries (n, C) whose most similar reference row, over all sets (n, C), has the same row number.
+
+    Cosine similarity after subtracting the mean of the references (of the queries, for the queries): a constant
+    offset between drawing styles says nothing about what is drawn.
+    """
+    bank = torch.cat([F.normalize(r - r.mean(0), dim=-1) for r in references])
+    found = (F.normalize(queries - queries.mean(0), dim=-1) @ bank.T).argmax(-1) % len(queries)
+    return float((found == torch.arange(len(queries))).float().mean())
+
+
+def retrieval_accuracy(tower: Tower, cache: Path | None = None) -> float:
+    """Top-1 of the unseen style against both training styles as references."""
+    references = [pooled(tower, s, cache) for s in emoji.TRAIN_STYLES]
+    return nearest_accuracy(references, pooled(tower, emoji.TEST_STYLE, cache))

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Make or refresh .venv at the repository root: `bash exps/setup.sh` for use, `bash exps/setup.sh dev` for tests too.
+# Quick when nothing changed. PYTHON names another interpreter, ACCESSORY_VENV another folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+kind=${1:-main}
+venv=${ACCESSORY_VENV:-$root/.venv}
+
+usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        usable "$PYTHON" && echo "$PYTHON" && return
+        echo "error: PYTHON=$PYTHON is not a Python of version 3.11 or newer" >&2
+        return 1
+    fi
+    for name in python3 python3.13 python3.12 python3.11 python; do
+        usable "$name" && echo "$name" && return
+    done
+    echo "error: Python 3.11 or newer is needed, found $(python3 --version 2>&1 || true)." >&2
+    echo "       Install one, or name it: PYTHON=/path/to/python3.11 bash $0" >&2
+    return 1
+}
+
+case $kind in
+    main) files=(requirements.txt) ;;
+    dev) files=(requirements.txt requirements-dev.txt) ;;
+    *) echo "usage: bash exps/setup.sh [main|dev]" >&2; exit 2 ;;
+esac
+
+wanted=$(cat pyproject.toml "${files[@]}" | cksum | cut -d' ' -f1)-$root
+# What serves the tests serves the user too, so a dev set-up need not be repeated for main.
+for stamp in "$venv/.ready-$kind" "$venv/.ready-dev"; do
+    if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+done
+
+python=$(find_python)
+if ! usable "$venv/bin/python"; then
+    echo "setting up $venv with $("$python" --version)"
+    rm -rf "$venv"
+    if ! "$python" -m venv "$venv"; then
+        echo "error: $python cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2
+        exit 1
+    fi
+fi
+arguments=(-e .)
+[ "$kind" = dev ] && arguments+=(-r requirements-dev.txt)
+echo "installing ${files[*]} (some gigabytes the first time)"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+echo "$wanted" >"$venv/.ready-$kind"

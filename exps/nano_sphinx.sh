@@ -5,7 +5,8 @@
 # Several processes: NPROC=2 bash exps/nano_sphinx.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. exps/setup.sh
+bash exps/setup.sh
+PATH="${ACCESSORY_VENV:-$PWD/.venv}/bin:$PATH"
 python -m accessory fetch
 launch=(python -m accessory)
 if [ "${NPROC:-1}" -gt 1 ]; then launch=(torchrun --nproc-per-node "$NPROC" -m accessory); fi

@@ -24,7 +24,7 @@ from accessory.data.encode import Encoder
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.mllm import MLLM
-from accessory.peft.attach import TuningSpec, attach, load_trainable, trainable_state
+from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.vision import presets
 from accessory.vision.projector import Kind, Projector
 from accessory.vision.resampler import Resampler
@@ -149,6 +149,9 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
     if said := [n for n in names if getattr(config, n) not in (getattr(plain, n), getattr(resolved, n))]:
         raise ValueError(f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning is named")
     if config.tuning:
+        kinds = {spec.kind for spec in config.tuning} & {"lora", "scale"}
+        if any(spec.kind in kinds for spec in attached(base.net)):
+            merge(base.net)  # a linear holds one delta: the base's own is folded into its weight
         attach(base.net, config.tuning, dtype=torch.float32)
     base.net.requires_grad_(False) if not train else _promote(base.net)
     return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)

@@ -78,7 +78,9 @@ class ModelConfig:
     """A model as a value. ``tuning`` names what is added and what trains; all else is frozen.
 
     ``base`` names a model folder that this one stands on: everything but ``tuning`` is that model's, with its trained
-    tensors, and is not copied. A path that is not found from the working directory counts from the checkout.
+    tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
+    slot, LoRA and scales are folded into the weights first. A path that is not found from the working directory counts
+    from the checkout.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -1,5 +1,6 @@
 """The multimodal model: a backbone, a tower and the projector that joins them."""
 
+import torch
 from torch import Tensor, nn
 
 from accessory.backbone.llama import Llama
@@ -15,8 +16,8 @@ class MLLM(nn.Module):
     """Text with pictures in, hidden states out; the same forward trains, scores, prefills and decodes.
 
     Slots: ``tower`` and ``projector`` (both or neither), ``resampler`` (LLaMA-Adapter's visual prefix: the picture
-    enters through the prefix of the attention layers and takes no position), ``aligner`` (an auxiliary head of
-    training, see ``models/align.py``).
+    enters through the prefix of the attention layers; without a projector a tile leaves one position, of zeros, that
+    says where it belongs), ``aligner`` (an auxiliary head of training, see ``models/align.py``).
     """
 
     tower: Tower | None
@@ -47,11 +48,23 @@ class MLLM(nn.Module):
             raise ValueError("this model has no tower: it reads text only")
         return self.projector(self.tower.tokens(tiles))
 
-    def context(self, tiles: Tensor) -> Tensor | None:
-        """Visual prefix (B, M, D) of one tile a row, for models that see through their prefix; otherwise None."""
+    def context(self, ids: Tensor, tiles: Tensor) -> Tensor | None:
+        """Visual prefix (B, M, D) of the tiles (N, 3, S, S) in ids (B, T): the mean over a row's tiles, zeros where it
+        has none. None for a model that does not see through its prefix.
+
+        Raises:
+            ValueError: when placeholders and tiles differ in number; both are named.
+        """
         if self.tower is None or self.resampler is None:
             return None
-        return self.resampler(self.tower(tiles).patches)
+        per_tile = 1 if self.projector is None else self.projector.num_tokens
+        counts = (ids == IMAGE).sum(1) // per_tile
+        if int(counts.sum()) != tiles.shape[0]:
+            raise ValueError(f"placeholders of {int(counts.sum())} tiles stand in the batch, but there are {len(tiles)}")
+        prefix = self.resampler(self.tower(tiles).patches)
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+        total = prefix.new_zeros(len(ids), *prefix.shape[1:]).index_add(0, rows, prefix)
+        return total / counts.clamp_min(1)[:, None, None]
 
     def embed(self, ids: Tensor, tiles: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """Input vectors (B, T, D) of ids (B, T): token embeddings, with placeholders overwritten.
@@ -63,6 +76,8 @@ class MLLM(nn.Module):
         """
         x = self.backbone.embed(ids)
         if self.projector is None:
+            if self.resampler is not None:
+                return x.masked_fill((ids < 0)[..., None], 0)
             if bool((ids == IMAGE).any()):
                 raise ValueError("the input holds <image> placeholders, but this model splices no pictures")
             return x
@@ -97,13 +112,16 @@ class MLLM(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, D) of ids (B, T) and the tiles (N, 3, S, S) that their placeholders stand for.
 
-        ``mask``, ``positions`` and ``cache`` as in :meth:`accessory.backbone.llama.Llama.forward`.
+        ``mask``, ``positions`` and ``cache`` as in :meth:`accessory.backbone.llama.Llama.forward`; ``context`` (from
+        :meth:`context`) goes with every later step of a dialogue whose pictures are in the cache.
         """
         x = self.embed(ids, tiles, features)
-        context = None if tiles is None else self.context(tiles)
+        if context is None and tiles is not None:
+            context = self.context(ids, tiles)
         return self.backbone(x, mask=mask, positions=positions, cache=cache, context=context)
 
     def logits(self, h: Tensor) -> Tensor:

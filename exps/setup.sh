@@ -46,6 +46,6 @@ if ! usable "$venv/bin/python"; then
 fi
 arguments=(-e .)
 [ "$kind" = dev ] && arguments+=(-r requirements-dev.txt)
-echo "installing ${files[*]} (some gigabytes the first time)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+echo "installing ${files[*]} (some gigabytes; 1 to 4 minutes the first time)"
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check "${arguments[@]}"
 echo "$wanted" >"$venv/.ready-$kind"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks
-from toy import ToySource, toy_model, toy_objective, weights
+from tests.distributed.helpers import run_ranks
+from tests.toy import ToySource, toy_model, toy_objective, weights
 
 from accessory.parallel import groups
 from accessory.train import checkpoint

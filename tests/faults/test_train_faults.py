@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy import ToySource, toy_model, toy_objective, weights
+from tests.toy import ToySource, toy_model, toy_objective, weights
 
 from accessory.train import checkpoint
 from accessory.train.checkpoint import CheckpointError
@@ -27,7 +27,7 @@ TESTS = Path(__file__).parents[1]
 
 SLOW = """
 import sys, time
-from toy import ToySource, toy_model, toy_objective
+from tests.toy import ToySource, toy_model, toy_objective
 from accessory import log
 from accessory.train.config import TrainConfig
 from accessory.train.loop import train

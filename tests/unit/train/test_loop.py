@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toy import ToyModel, ToySource, toy_batch, toy_model, toy_objective, weights
+from tests.toy import ToyModel, ToySource, toy_batch, toy_model, toy_objective, weights
 
 from accessory.train import checkpoint, loop
 from accessory.train.blocks import checkpoint_blocks

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from toy import toy_batch, toy_model, toy_objective
+from tests.toy import toy_batch, toy_model, toy_objective
 
 from accessory.train.config import GroupConfig, TrainConfig
 from accessory.train.optim import Optimizer, decays, learning_rate

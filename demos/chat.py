@@ -35,7 +35,9 @@ CSS = """
 h1 { letter-spacing: -0.02em; margin-bottom: 0 !important; }
 h1 + *, .placeholder, .placeholder * { text-align: center !important; }
 .example { border: 1px solid var(--border-color-primary) !important; border-radius: 12px !important; }
-.example img { width: 64px !important; height: 64px !important; object-fit: contain !important; }
+.example div:has(> img), .example img { width: 64px !important; height: 64px !important; }
+.example img { object-fit: contain !important; }
+button[title="Share"], button[aria-label="Share"] { display: none !important; }
 """
 
 
@@ -104,7 +106,7 @@ def page(sessions: Sessions, max_new_tokens: int = MAX_NEW_TOKENS, folder: Path 
             layout="bubble",
             buttons=["copy"],
             feedback_options=None,
-            placeholder="### Show me a picture\nand ask what you want to know.",
+            placeholder="### Show me a picture and ask what you want to know",
         ),
         textbox=gr.MultimodalTextbox(
             file_types=list(SUFFIXES),

@@ -79,12 +79,18 @@ def test_two_visitors_talk_about_a_picture(folder: Path, tmp_path: Path) -> None
         assert len(seen) >= 3, f"the answer came at once, not as a stream: {seen}"
         assert page.locator('[data-testid="user"] img, .message img').count() >= 1
         second = ask(page, SECOND, 2)
+        page.wait_for_function("!document.body.innerText.includes('processing |')", timeout=PATIENCE)
         page.screenshot(path=os.environ.get("ACCESSORY_SCREENSHOT", str(tmp_path / "chat.png")))
 
         other, _ = opened(chromium, url)
         assert other.locator('[data-testid="bot"]').count() == 0
         alone = ask(other, SECOND, 1)
         assert alone != second, "the second visitor got an answer from the first one's conversation"
+
+        third, _ = opened(chromium, url)
+        third.locator(".example").first.click()
+        third.wait_for_function(DONE, arg=1, timeout=PATIENCE)
+        assert third.locator('[data-testid="bot"]').first.inner_text().strip()
 
         bad = tmp_path / "bad.png"
         bad.write_text("not a picture at all")

@@ -236,7 +236,10 @@ def load(folder: Path, *, cache: Path | None = None, train: bool = False) -> Mod
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not a model folder: {name} is missing")
-    model = build(configuration.load(folder / CONFIG_FILE, ModelConfig), cache=cache, train=True)
+    path = folder / CONFIG_FILE
+    # Not configuration.load: there ``base`` at the top would be the name of another file.
+    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
+    model = build(configuration.build(tree, ModelConfig, str(path)), cache=cache, train=True)
     state = load_file(folder / WEIGHTS_FILE)
     wanted = trainable_state(model.net)
     load_trainable(model.net, {k: v.to(wanted[k].dtype) if k in wanted else v for k, v in state.items()})

@@ -60,7 +60,7 @@ class MLLM(nn.Module):
         per_tile = 1 if self.projector is None else self.projector.num_tokens
         counts = (ids == IMAGE).sum(1) // per_tile
         if int(counts.sum()) != tiles.shape[0]:
-            raise ValueError(f"placeholders of {int(counts.sum())} tiles stand in the batch, but there are {len(tiles)}")
+            raise ValueError(f"the batch has placeholders of {int(counts.sum())} tiles, but there are {len(tiles)}")
         prefix = self.resampler(self.tower(tiles).patches)
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
         total = prefix.new_zeros(len(ids), *prefix.shape[1:]).index_add(0, rows, prefix)

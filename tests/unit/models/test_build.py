@@ -1,0 +1,178 @@
+"""The factory: what is built, saved, loaded and stood upon is the same model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from accessory.data.tiling import TilingConfig
+from accessory.models import build
+from accessory.models.build import Model, ModelConfig, ProjectorConfig, ResamplerConfig
+from accessory.peft.attach import (
+    BiasSpec,
+    LoraSpec,
+    NormSpec,
+    PrefixSpec,
+    ScaleSpec,
+    TrainSpec,
+    TuningSpec,
+    trainable_state,
+)
+from accessory.train.objective import DialogueObjective, ObjectiveConfig
+from tests.tiny import tiny_model_dir
+from tests.unit.models.pictured import TILING, batch, disturb, mixed, model
+
+ALL = TrainSpec(("backbone.*", "projector.*", "tower.*"))
+SPECS: dict[str, tuple[TuningSpec, ...]] = {
+    "lora": (LoraSpec(rank=2),),
+    "prefix": (PrefixSpec(length=3, new_gate=True, init_std=0.1),),
+    "bias": (BiasSpec(),),
+    "scale": (ScaleSpec(),),
+    "norm": (NormSpec(),),
+    "train": (ALL,),
+    "visual prefix": (PrefixSpec(length=3, init_std=0.1), TrainSpec(("resampler.*",))),
+    "all at once": (LoraSpec(rank=2), PrefixSpec(length=3), BiasSpec(), ScaleSpec(), NormSpec(), ALL),
+}
+RESAMPLER = ResamplerConfig(length=3, width=16, depth=1, heads=2)
+
+
+def tuned(folder: Path, name: str, **options: object) -> Model:
+    if name == "visual prefix":
+        options["resampler"] = RESAMPLER
+    return model(folder, tuning=SPECS[name], train=True, **options)
+
+
+@torch.inference_mode()
+def outputs(made: Model) -> torch.Tensor:
+    both = batch(made, mixed())
+    return made.net.eval().logits(made.net(both.ids, both.tiles))
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_every_trained_parameter_gets_a_gradient_through_the_whole_model(tmp_path: Path, name: str) -> None:
+    made = tuned(tmp_path, name, projector=ProjectorConfig("mlp", start_end=True))
+    disturb(made.net)
+    trained = trainable_state(made.net)
+    loss, _, _ = DialogueObjective(ObjectiveConfig(), made.tokenizer)(made.net, batch(made, mixed()))
+    loss.backward()
+    grads = {n: p.grad for n, p in made.net.named_parameters() if p.requires_grad}
+    assert len(grads) == len(trained) >= 5
+    dead = [n for n, g in grads.items() if g is None or not g.any()]
+    assert dead == []
+    assert all(p.grad is None for p in made.net.parameters() if not p.requires_grad)
+
+
+def test_save_and_load_give_the_same_model(tmp_path: Path) -> None:
+    made = tuned(tmp_path, "all at once")
+    disturb(made.net)
+    wanted = outputs(made)
+    build.save(made, tmp_path / "model")
+    again = build.load(tmp_path / "model")
+    assert torch.equal(outputs(again), wanted)
+    assert not any(p.requires_grad for p in again.net.parameters())
+    assert again.config == made.config
+    assert set(trainable_state(build.load(tmp_path / "model", train=True).net)) == set(trainable_state(made.net))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("fp16", 2), ("bf16", 2)])
+def test_halves_are_close_and_half_the_size(tmp_path: Path, dtype: str, size: int) -> None:
+    made = tuned(tmp_path, "all at once")
+    wanted = outputs(made)
+    build.save(made, tmp_path / "model", dtype=dtype)  # type: ignore[arg-type]
+    got = outputs(build.load(tmp_path / "model"))
+    assert 0 < (got - wanted).abs().max() < (2e-2 if dtype == "fp16" else 1e-1)
+    state = load_file(tmp_path / "model" / build.WEIGHTS_FILE)
+    assert {v.element_size() for v in state.values()} == {size}
+    assert next(build.load(tmp_path / "model").net.parameters()).dtype == torch.float32
+
+
+def test_a_folder_that_does_not_fit_lists_what_is_wrong(tmp_path: Path) -> None:
+    folder = tiny_model_dir(tmp_path)
+    path = folder / build.WEIGHTS_FILE
+    state = load_file(path)
+    state["backbone.wrong"] = state.pop("backbone.norm.weight")
+    state["projector.skip"] = torch.zeros(7)
+    save_file(state, path)
+    with pytest.raises(ValueError, match="3 problems") as caught:
+        build.load(folder)
+    for said in ("missing backbone.norm.weight", "unexpected backbone.wrong", "projector.skip is (7,)", "needs (32,)"):
+        assert said in str(caught.value)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"not a model folder: trainable.safetensors is missing"):
+        build.load(folder)
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tiling.size is 128.*takes 64 pixels"):
+        model(tmp_path, tiling=TilingConfig(size=128))
+    with pytest.raises(ValueError, match=r"backbone.llama and backbone.tokenizer"):
+        build.build(ModelConfig(backbone=build.BackboneConfig(source=None)))
+
+
+def test_what_trains_is_kept_in_fp32(tmp_path: Path) -> None:
+    made = model(tmp_path)
+    config = replace(made.config, backbone=replace(made.config.backbone, dtype="bf16"), tuning=SPECS["norm"])
+    built = build.build(config, train=True)
+    kinds = {p.requires_grad: set[torch.dtype]() for p in built.net.backbone.parameters()}
+    for p in built.net.backbone.parameters():
+        kinds[p.requires_grad].add(p.dtype)
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    still = build.build(config)
+    assert {p.dtype for p in still.net.backbone.parameters()} == {torch.bfloat16}
+    assert not still.net.training
+
+
+# --- a model on top of another ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with moved LoRA, norms, tower and projector, as a trained one."""
+    specs = (LoraSpec(rank=2), NormSpec(), ALL)
+    made = model(tmp_path, tuning=specs, train=True)
+    disturb(made.net)
+    build.save(made, tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("name", ["prefix", "bias", "scale", "norm"])
+def test_a_model_starts_as_its_base_and_only_the_new_trains(tmp_path: Path, base: Path, name: str) -> None:
+    config = ModelConfig(base=str(base), tuning=SPECS[name])
+    made = build.build(config, train=True)
+    wanted = outputs(build.load(base))
+    assert torch.equal(outputs(made), wanted)
+    kind = {"prefix": ".prefix.", "bias": ".bias", "scale": ".scale", "norm": "norm.weight"}[name]
+    trained = trainable_state(made.net)
+    assert trained
+    assert all(kind in n for n in trained)
+    disturb(made.net)
+    moved = outputs(made)
+    assert (moved - wanted).abs().max() > 1e-3
+    build.save(made, tmp_path / "top")
+    assert set(load_file(tmp_path / "top" / build.WEIGHTS_FILE)) == set(trained)
+    again = build.load(tmp_path / "top")
+    assert torch.equal(outputs(again), moved)
+    assert again.config.tiling == TILING
+
+
+def test_lora_on_lora_folds_the_base(tmp_path: Path, base: Path) -> None:
+    made = build.build(ModelConfig(base=str(base), tuning=SPECS["lora"]), train=True)
+    wanted = outputs(build.load(base))
+    torch.testing.assert_close(outputs(made), wanted, rtol=1e-3, atol=1e-4)
+    assert all(".delta." in n for n in trainable_state(made.net))
+    disturb(made.net)
+    moved = outputs(made)
+    assert (moved - wanted).abs().max() > 1e-3
+    build.save(made, tmp_path / "top")
+    assert torch.equal(outputs(build.load(tmp_path / "top")), moved)
+
+
+def test_a_base_brings_its_own_settings(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"brings its own max_length"):
+        build.build(ModelConfig(base=str(base), max_length=99))
+    with pytest.raises(ValueError, match="not a model folder"):
+        build.build(ModelConfig(base=str(tmp_path / "nowhere")))

@@ -41,11 +41,11 @@ button[title="Share"], button[aria-label="Share"] { display: none !important; }
 """
 
 
-def examples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The first question of every sample picture that is there, as messages and as labels."""
+def examples(folder: Path, most: int = 9) -> tuple[list[dict[str, Any]], list[str]]:
+    """The first questions of the first sample pictures, as messages and as labels; more than nine would scroll."""
     listing = folder / "samples.json"
     samples = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else []
-    found = [(folder / s["image"], s["turns"][0][0]) for s in samples if (folder / s["image"]).is_file()]
+    found = [(folder / s["image"], s["turns"][0][0]) for s in samples if (folder / s["image"]).is_file()][:most]
     return [{"text": text, "files": [str(path)]} for path, text in found], [text for _, text in found]
 
 

@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from accessory.data.assets import AssetError
+
 VERBS: tuple[tuple[str, str], ...] = (
     ("train", "train what an experiment file says"),
     ("chat", "talk about pictures in the terminal"),
@@ -19,7 +21,7 @@ VERBS: tuple[tuple[str, str], ...] = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. 2 for a mistake of the user's (ValueError, one clear line), 130 for an interrupt."""
+    """Run one verb. 2 for a mistake of the user's or a missing asset (one clear line), 130 for an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="accessory",
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(parser, arguments)
     try:
         return int(module.main(args))
-    except ValueError as error:
+    except (ValueError, AssetError) as error:
         if args.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

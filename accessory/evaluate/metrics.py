@@ -12,7 +12,7 @@ _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
 def normalise(text: str) -> str:
     """Lower case, single blanks, no full stop at the end: how names and short answers are compared."""
-    return " ".join(text.lower().split()).rstrip(".")
+    return " ".join(text.lower().split()).rstrip(". ")
 
 
 def same_words(answer: str, truth: str) -> bool:

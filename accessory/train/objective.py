@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.data.emoji import concepts
+from accessory.data.template import TEMPLATES
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.align import Aligner
 from accessory.models.mllm import MLLM
@@ -59,6 +61,7 @@ class DialogueObjective:
         self.config = config
         self.tokenizer = tokenizer
         self.cache = cache
+        self.ends = _ends(tokenizer)
 
     def prepare(self, net: MLLM) -> None:
         """Give ``net`` the auxiliary head that the alignment needs."""
@@ -105,7 +108,7 @@ class DialogueObjective:
         assert self.config.align is not None
         tiles = (batch.ids == IMAGE).sum(1) // features.shape[1]
         first = tiles.cumsum(0) - tiles
-        answers = [first_answer(row, self.tokenizer.eos_id) for row in batch.labels.tolist()]
+        answers = [first_answer(row, self.ends) for row in batch.labels.tolist()]
         target = net.aligner.targets(answers).masked_fill(tiles == 0, IGNORE)
         use = target != IGNORE
         if not bool(use.any()):
@@ -117,14 +120,23 @@ class DialogueObjective:
         return loss, int(use.sum()), int((scores.argmax(-1) == target[use]).sum())
 
 
-def first_answer(labels: list[int], end: int | None) -> list[int]:
-    """Tokens of the first learned run, up to the token that ends a turn."""
+def _ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Control tokens that end a turn in any template, as far as this vocabulary has them."""
+    found: set[int] = set()
+    for name in {name for t in TEMPLATES.values() for name in t.stop_controls}:
+        with contextlib.suppress(ValueError):
+            found.add(tokenizer.special(name))
+    return frozenset(found)
+
+
+def first_answer(labels: list[int], ends: Collection[int]) -> list[int]:
+    """Tokens of the first learned run, up to one that ends a turn."""
     answer: list[int] = []
     for label in labels:
         if label == IGNORE:
             if answer:
                 break
-        elif label == end:
+        elif label in ends:
             break
         else:
             answer.append(label)

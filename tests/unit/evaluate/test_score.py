@@ -1,0 +1,126 @@
+"""Scores: the same in any batch, and controls that take away what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from accessory.evaluate import score as scoring
+from accessory.evaluate.retrieval import nearest_accuracy
+from accessory.evaluate.score import ScoreRow, answers, prompts, score
+from accessory.models.build import Model
+from accessory.schema import Sample
+from tests.unit.evaluate.asked import asked, stand_in
+from tests.unit.models.pictured import model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return model(tmp_path_factory.mktemp("tiny"))
+
+
+def put(monkeypatch: pytest.MonkeyPatch, control: str, count: int, limit: int | None = None) -> list[Sample]:
+    """The questions that reach the model."""
+    seen: list[Sample] = []
+
+    def stub(model: object, samples: Sequence[Sample], *rest: object) -> list[str]:
+        seen.extend(samples)
+        return ["x"] * len(samples)
+
+    with monkeypatch.context() as patch:
+        stand_in(patch, count)
+        patch.setattr(scoring, "answers", stub)
+        score(_Sizes(), "any", control=control, limit=limit, batch_size=3)  # type: ignore[arg-type]
+    return seen
+
+
+class _Sizes:
+    class config:  # noqa: N801
+        class tiling:  # noqa: N801
+            size = 64
+
+
+def test_answers_do_not_depend_on_the_batch(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, 7)
+    results = [score(made, "any", batch_size=n) for n in (1, 3, 64)]
+    texts = [[i.answer for i in r.items] for r in results]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) > 1  # it does not say the same to all
+    first = results[0]
+    assert [i.index for i in first.items] == list(range(7))
+    assert (first.correct, first.total, first.accuracy) == (0, 7, 0.0)
+    assert all(i.question.strip().endswith("?") and i.truth == f"truth {i.index}" for i in first.items)
+
+
+def test_right_answers_are_counted(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, 4)
+    monkeypatch.setattr(scoring, "answers", lambda m, samples, *r: [s.turns[-1].text.upper() for s in samples])
+    assert score(made, "any", batch_size=3).accuracy == 1
+    monkeypatch.setattr(scoring, "answers", lambda m, samples, *r: ["Truth 1."] * len(samples))
+    assert score(made, "any", batch_size=3).accuracy == 0.25
+    assert [i.right for i in score(made, "any").items] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("count", "limit"), [(2, None), (3, None), (9, None), (10, 4), (10, 3), (10, 2)])
+def test_shuffled_leaves_no_picture_in_place(monkeypatch: pytest.MonkeyPatch, count: int, limit: int | None) -> None:
+    own = put(monkeypatch, "none", count, limit)
+    other = put(monkeypatch, "shuffled", count, limit)
+    assert len(own) == len(other) == (limit or count)
+    pixels = [[s.turns[0].pictures[0].source.tobytes() for s in part] for part in (own, other)]  # type: ignore[union-attr]
+    assert all(a != b for a, b in zip(*pixels, strict=True))
+    assert sorted(pixels[0]) == sorted(pixels[1])  # the same pictures, elsewhere
+    assert [s.turns[0].text for s in own] == [s.turns[0].text for s in other]
+    assert [s.turns[1] for s in own] == [s.turns[1] for s in other]
+
+
+def test_blind_has_no_tiles(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = put(monkeypatch, "blind", 4)
+    rows = [made.encoder.encode(s) for s in blind]
+    assert [len(r.tiles) for r in rows] == [0] * 4
+    assert not any((r.ids < 0).any() for r in rows)
+    assert [len(made.encoder.encode(s).tiles) for s in asked(4)] == [3, 1, 1, 3]
+    with torch.inference_mode():
+        assert all(torch.isfinite(p).all() for p in prompts(made, rows))
+
+
+@torch.inference_mode()
+def test_what_the_model_is_fed_follows_the_picture(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [made.encoder.encode(s) for s in put(monkeypatch, "none", 3)]
+    other = [made.encoder.encode(s) for s in put(monkeypatch, "shuffled", 3)]
+    for a, b in zip(prompts(made, own), prompts(made, other), strict=True):
+        assert a.shape != b.shape or not torch.equal(a, b)
+    together = list(prompts(made, own))
+    for row, x in zip(own, together, strict=True):
+        torch.testing.assert_close(x, made.net.embed(row.ids[None], row.tiles)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_limits_spread_and_are_checked(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [s.turns[-1].text for s in put(monkeypatch, "none", 10, 4)]
+    assert texts == ["truth 0", "truth 2", "truth 5", "truth 7"]
+    assert len(put(monkeypatch, "none", 3, 50)) == 3
+    with pytest.raises(ValueError, match="limit is 1"):
+        put(monkeypatch, "none", 3, 1)
+    with pytest.raises(ValueError, match="unknown"):
+        score(made, "no such set")
+
+
+def test_the_reference_answer_is_not_shown(made: Model) -> None:
+    one = asked(1)[0]
+    turns = (*one.turns[:-1], type(one.turns[-1])("assistant", ("something quite different",)))
+    said = [answers(made, [s], max_new_tokens=8) for s in (one, Sample(turns))]
+    assert said[0] == said[1]
+
+
+def test_accuracy_of_a_row() -> None:
+    assert ScoreRow("t", "none", 3, 4, 1.0).accuracy == 0.75
+
+
+def test_nearest_neighbour_ignores_a_constant_offset() -> None:
+    drawn = torch.randn(20, 8)
+    queries = drawn + 0.05 * torch.randn(20, 8) + 5
+    assert nearest_accuracy([drawn], queries) == 1
+    assert nearest_accuracy([torch.randn(20, 8), drawn + 3], queries) == 1
+    assert nearest_accuracy([drawn], queries.roll(1, 0)) == 0

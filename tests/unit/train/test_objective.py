@@ -1,0 +1,171 @@
+"""The loss is the plain one, its sums add up, and the alignment finds its names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accessory.data.emoji import Concept, concepts
+from accessory.models.build import Model
+from accessory.schema import Sample
+from accessory.tokens import IGNORE
+from accessory.train import objective
+from accessory.train.objective import AlignConfig, DialogueObjective, ObjectiveConfig, first_answer
+from tests.unit.models.pictured import batch, disturb, mixed, model, picture, sample
+
+NAMES = ("red cat", "green hat", "three birds", "moon")
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four concepts instead of the emoji."""
+    known = tuple(Concept(f"{i}", name, (), "", "") for i, name in enumerate(NAMES))
+    monkeypatch.setattr(objective, "concepts", lambda cache: known)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Model]:
+    built = model(tmp_path, train=True)
+    disturb(built.net)
+    yield built
+
+
+def aligned(made: Model, **options: object) -> DialogueObjective:
+    config = ObjectiveConfig(**{"align": AlignConfig(), **options})  # type: ignore[arg-type]
+    found = DialogueObjective(config, made.tokenizer)
+    found.prepare(made.net)
+    return found
+
+
+def rows() -> list[Sample]:
+    return [
+        sample("What is this?", answer="moon"),  # a name, but no picture to align it with
+        sample(picture(1), "What is this?", answer="green hat"),
+        sample(picture(2), picture(3, 96, 48), "What is this?", answer="a boat"),  # no name
+        sample(picture(4, 96, 48), "What is this?", answer="three birds"),
+    ]
+
+
+def naive(made: Model, samples: list[Sample]) -> Tensor:
+    """Every logit of every position, then the loss."""
+    b = batch(made, samples)
+    logits = made.net.logits(made.net(b.ids, b.tiles)).float()
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), b.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def test_the_loss_is_that_of_all_logits(made: Model) -> None:
+    b = batch(made, mixed())
+    total, count, metrics = DialogueObjective(ObjectiveConfig(), made.tokenizer)(made.net, b)
+    wanted = naive(made, mixed())
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-4)
+    assert int(count) == int((b.labels[:, 1:] != IGNORE).sum()) > 10
+    assert float(metrics["language"]) == float(total.detach())
+    grads = [torch.autograd.grad(v, made.net.backbone.norm.weight)[0] for v in (total, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    other = replace(b, labels=b.labels.roll(1, 1))
+    assert (
+        abs(float(DialogueObjective(ObjectiveConfig(), made.tokenizer)(made.net, other)[0].detach() - total.detach()))
+        > 1
+    )
+
+
+@pytest.mark.usefixtures("named")
+def test_sums_of_parts_are_the_sum_of_the_whole(made: Model) -> None:
+    plain = DialogueObjective(ObjectiveConfig(), made.tokenizer)
+    whole, count, _ = plain(made.net, batch(made, mixed()))
+    parts = [plain(made.net, batch(made, [row])) for row in mixed()]
+    torch.testing.assert_close(sum(p[0] for p in parts), whole, rtol=1e-5, atol=1e-3)
+    assert sum(int(p[1]) for p in parts) == int(count)
+
+
+@pytest.mark.usefixtures("named")
+def test_weights_multiply_the_parts(made: Model) -> None:
+    found = aligned(made, language=0.5, align=AlignConfig(weight=3.0))
+    total, count, metrics = found(made.net, batch(made, rows()))
+    wanted = 0.5 * float(metrics["language"]) + 3 * float(metrics["align"])
+    assert float(total) == pytest.approx(wanted, rel=1e-5)
+    assert float(metrics["align"]) > 0.1 * int(count)
+
+
+@pytest.mark.usefixtures("named")
+def test_the_first_picture_of_named_rows_is_aligned(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, b = aligned(made, language=0.0), batch(made, rows())
+    seen: list[Tensor] = []
+    aligner = made.net.aligner
+    assert aligner is not None
+    monkeypatch.setattr(aligner, "forward", lambda f, t, real=aligner.forward: (seen.append(f), real(f, t))[1])
+    total, count, metrics = found(made.net, b)
+    # tiles: row 1 has number 0; row 2 numbers 1 to 4; row 3 begins at 5
+    torch.testing.assert_close(seen[0], made.net.encode(b.tiles)[[0, 5]])
+    assert int(count) == 2
+    scores = aligner(seen[0], made.net.tower.tokens(b.tiles)[0][[0, 5]])  # type: ignore[union-attr]
+    wanted = sum(F.cross_entropy(s, torch.tensor([1, 2])) for s in scores)  # mean of two heads, sum of two rows
+    assert float(total) == pytest.approx(float(wanted), rel=1e-4)
+    assert float(metrics["align_accuracy"]) == int((scores[0].argmax(-1) == torch.tensor([1, 2])).sum())
+
+
+@pytest.mark.usefixtures("named")
+def test_without_language_the_backbone_does_not_run(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = made.net.backbone.forward
+    monkeypatch.setattr(made.net.backbone, "forward", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    total, _, _ = aligned(made, language=0.0)(made.net, batch(made, rows()))
+    assert calls == []
+    total.backward()
+    moved = {n.split(".")[0] for n, p in made.net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"tower", "projector", "aligner"}
+    aligned(made)(made.net, batch(made, rows()))
+    assert calls == [1]
+
+
+@pytest.mark.usefixtures("named")
+@pytest.mark.parametrize("language", [0.0, 1.0])
+def test_every_batch_has_the_same_metrics(made: Model, language: float) -> None:
+    found = aligned(made, language=language)
+    results = [found(made.net, batch(made, part)) for part in (rows(), rows()[:1], rows()[1:2], rows()[2:3])]
+    keys = [set(m) for _, _, m in results]
+    assert keys == [{"align", "align_accuracy"} | ({"language"} if language else set())] * 4
+    assert [int(c) > 0 for _, c, _ in results] == ([True] * 4 if language else [True, False, True, False])
+    for total, _, _ in results:
+        assert torch.isfinite(total)
+        total.backward()  # also where there is nothing to align
+
+
+def test_align_needs_a_tower_and_something_must_be_learned(made: Model) -> None:
+    with pytest.raises(ValueError, match="leaves nothing to learn"):
+        ObjectiveConfig(language=0)
+    with pytest.raises(ValueError, match="language weight -1"):
+        ObjectiveConfig(language=-1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer"),
+    [
+        ([IGNORE, 5, 6, 2, IGNORE, 7], [5, 6]),
+        ([IGNORE, 5, IGNORE, 7], [5]),
+        ([5, 6], [5, 6]),
+        ([IGNORE], []),
+        ([2, 5], []),
+        ([5, 9, 6], [5]),
+    ],
+)
+def test_first_answer(labels: list[int], answer: list[int]) -> None:
+    assert first_answer(labels, {2, 9}) == answer
+
+
+def test_real_names_are_found_as_the_template_writes_them(made: Model, asset_cache: Path) -> None:
+    found = DialogueObjective(ObjectiveConfig(align=AlignConfig()), made.tokenizer, asset_cache)
+    found.prepare(made.net)
+    known = concepts(asset_cache)
+    assert len(known) > 1000
+    rows = [made.encoder.row(sample("What is this?", answer=c.label).turns) for c in known]
+    answers = [first_answer(r.labels.tolist(), found.ends) for r in rows]
+    assert made.net.aligner.targets(answers).tolist() == list(range(len(known)))  # type: ignore[union-attr]

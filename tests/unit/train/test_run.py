@@ -1,0 +1,96 @@
+"""From an experiment file to a model folder."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from accessory import config as configuration
+from accessory.data.emoji import Concept
+from accessory.models import build
+from accessory.peft.attach import LoraSpec, trainable_state
+from accessory.train import objective
+from accessory.train.run import RunConfig, main_config, run, warm_start
+from tests.tiny import tiny_model, tiny_model_dir
+from tests.unit.train.squares import write_squares
+
+
+def experiment(folder: Path, steps: int = 2) -> RunConfig:
+    return configuration.load(write_squares(folder, steps), RunConfig)
+
+
+def test_a_run_ends_in_a_folder_that_is_the_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = tuple(Concept(n, n, (), "", "") for n in ("red", "green", "blue", "yellow"))
+    monkeypatch.setattr(objective, "concepts", lambda cache: known)
+    path = write_squares(tmp_path, 2)
+    result = main_config(path, ["objective.align={weight: 0.5}"])
+    assert result is not None
+    assert result.final == tmp_path / "run" / "final"
+    assert set(result.row) > {"loss", "language", "align", "align_accuracy"}
+    state = load_file(result.final / build.WEIGHTS_FILE)
+    assert not [k for k in state if k.startswith("aligner")]  # training's own
+    loaded = build.load(result.final)
+    for name, p in loaded.net.named_parameters():
+        assert torch.equal(p, state[name]), name
+    fresh = tiny_model(tmp_path, max_length=128)
+    with pytest.raises(ValueError, match="do not fit"):
+        warm_start(fresh.net.backbone, result.final)
+    warm_start(fresh.net, result.final)
+    assert all(torch.equal(p, state[n]) for n, p in fresh.net.named_parameters())
+
+
+def test_the_seed_decides_where_a_run_starts(tmp_path: Path) -> None:
+    config = experiment(tmp_path, steps=1)
+
+    def trained(seed: int, name: str) -> dict[str, torch.Tensor]:
+        train = replace(config.train, seed=seed, output_dir=str(tmp_path / name), lr=0.0, min_lr=0.0)
+        result = run(replace(config, train=train), folder=tmp_path)
+        assert result is not None
+        assert result.final is not None
+        return load_file(result.final / build.WEIGHTS_FILE)
+
+    first, same, other = trained(1, "a"), trained(1, "b"), trained(2, "c")
+    assert all(torch.equal(v, same[k]) for k, v in first.items())
+    assert not torch.equal(first["projector.skip"], other["projector.skip"])
+
+
+def test_init_starts_from_another_folder(tmp_path: Path) -> None:
+    config = experiment(tmp_path, steps=1)
+    folder = tiny_model_dir(tmp_path, seed=7, max_length=128)
+    train = replace(config.train, lr=0.0, min_lr=0.0)
+    result = run(replace(config, train=train, init=str(folder)), folder=tmp_path)
+    assert result is not None
+    assert result.final is not None
+    state, wanted = (load_file(f / build.WEIGHTS_FILE) for f in (result.final, folder))
+    assert set(state) == set(wanted)
+    assert all(torch.equal(v, wanted[k]) for k, v in state.items())
+
+
+def test_init_that_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
+    made = tiny_model(tmp_path, train=True, tuning=(LoraSpec(rank=2),))
+    before = {k: v.clone() for k, v in trainable_state(made.net).items()}
+    bad = {k: v + 1 for k, v in before.items()} | {"backbone.nowhere": torch.zeros(1)}
+    save_file(bad, tmp_path / build.WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=r"1 tensors do not fit the model: backbone\.nowhere"):
+        warm_start(made.net, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in trainable_state(made.net).items())
+
+
+def test_dry_run_describes_and_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = experiment(tmp_path)
+    with caplog.at_level(logging.INFO, logger="accessory"):
+        assert run(config, folder=tmp_path, dry_run=True) is None
+    assert "trained: backbone" in caplog.text
+    assert "4 rows" in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    with pytest.raises(ValueError, match="nowhere"):
+        run(replace(config, data=replace(config.data, sources="nowhere.yaml")), folder=tmp_path, dry_run=True)

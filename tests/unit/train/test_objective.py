@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,10 +29,10 @@ def named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[Model]:
+def made(tmp_path: Path) -> Model:
     built = model(tmp_path, train=True)
     disturb(built.net)
-    yield built
+    return built
 
 
 def aligned(made: Model, **options: object) -> DialogueObjective:

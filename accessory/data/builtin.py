@@ -23,6 +23,7 @@ from accessory.schema import Picture, Sample, Turn
 
 Split = Literal["train", "test"]
 SCENE_COUNT: dict[Split, int] = {"train": 20_000, "test": 400}
+BLENDED = 0.15  # share of training pictures that lie between the two drawing styles
 NAME_QUESTIONS = ("What is this?", "Name this picture.", "What does the picture show?", "What do you see?")
 GROUP_QUESTIONS = ("What kind of thing is this?", "Which group does this belong to?")
 TAG_QUESTIONS = ("Give three keywords for this picture.", "Describe this picture with three keywords.")
@@ -136,6 +137,8 @@ def _emoji(
         row, style = rows[item % len(rows)], item // len(rows)
         rng = request.rng(index)
         rgba = drawn[style][row]
+        if request.training and rng.random() < BLENDED:
+            rgba = emoji.blend(rgba, drawn[1 - style][row], float(rng.uniform(0.5, 0.9)))
         pixels = emoji.augment(rgba, request.size, rng) if request.training else emoji.plain(rgba, request.size)
         asked = [(request.choose(questions, rng), answer_of(known[row]))]
         return request.sample(index, Image.fromarray(pixels), asked, concept=row, style=styles[style])

@@ -231,8 +231,8 @@ def plain(rgba: Pixels, size: int) -> Pixels:
 def augment(rgba: Pixels, size: int, rng: np.random.Generator) -> Pixels:
     """A random training view of RGBA (H,H,4): uint8 (size, size, 3).
 
-    Background, rotation, scale, shift, colour, and now and then grey, blur or few grey levels. Never mirrored: left and
-    right arrows are different concepts.
+    Background, rotation, scale, shift, colour, and now and then grey, blur, few grey levels or a patch painted over.
+    Never mirrored: left and right arrows are different concepts.
     """
     front = Image.fromarray(rgba)
     matrix = _affine(front.width, size, rng)
@@ -256,7 +256,25 @@ def augment(rgba: Pixels, size: int, rng: np.random.Generator) -> Pixels:
         view = view.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.4, 1.2)) * size / 128))
     elif extra < 0.20:
         view = ImageOps.posterize(view, int(rng.integers(3, 6)))
+    if rng.random() < 0.25:
+        view.paste(random_colour(rng), _patch(size, rng))
     return np.asarray(view)
+
+
+def _patch(size: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A box to paint over (random erasing, Zhong et al. 2020), so that no single part decides."""
+    wide, tall = (int(v) for v in rng.uniform(0.12, 0.4, 2) * size)
+    left, top = int(rng.integers(0, size - wide)), int(rng.integers(0, size - tall))
+    return left, top, left + wide, top + tall
+
+
+def blend(first: Pixels, second: Pixels, share: float) -> Pixels:
+    """Two drawings of one thing laid over each other: RGBA (H,H,4), ``share`` of the first, colours by coverage."""
+    a, b = first.astype(np.float32), second.astype(np.float32)
+    wa, wb = share * a[..., 3:], (1 - share) * b[..., 3:]
+    alpha = wa + wb
+    colour = (a[..., :3] * wa + b[..., :3] * wb) / np.maximum(alpha, 1e-3)
+    return np.concatenate([colour, alpha], axis=-1).astype(np.uint8)
 
 
 def _affine(source: int, size: int, rng: np.random.Generator) -> tuple[float, ...]:
@@ -265,7 +283,7 @@ def _affine(source: int, size: int, rng: np.random.Generator) -> tuple[float, ..
     limit = 35.0 if rng.random() < 0.1 else 15.0
     angle = math.radians(float(rng.uniform(-limit, limit)))
     scale = float(rng.uniform(0.7, 1.1)) * size / source
-    stretch = math.exp(float(rng.uniform(-0.08, 0.08)))
+    stretch = math.exp(float(rng.uniform(-0.15, 0.15)))
     room = 0.06 + max(0.0, (1 - scale * source / size) / 2)
     shift = rng.uniform(-room, room, 2) * size
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale

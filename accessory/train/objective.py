@@ -19,6 +19,7 @@ from accessory.models.align import Aligner
 from accessory.models.mllm import MLLM
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
+from accessory.vision.mix_style import MixStyleConfig, attach_mix_style
 
 
 class Objective(Protocol):
@@ -45,6 +46,7 @@ class ObjectiveConfig:
 
     language: float = 1.0
     align: AlignConfig | None = None
+    mix_style: MixStyleConfig | None = None
 
     def __post_init__(self) -> None:
         if self.language < 0 or (self.language == 0 and self.align is None):
@@ -64,7 +66,11 @@ class DialogueObjective:
         self.ends = _ends(tokenizer)
 
     def prepare(self, net: MLLM) -> None:
-        """Give ``net`` the auxiliary head that the alignment needs."""
+        """Give ``net`` the auxiliary head that the alignment needs, and its tower the mixing of styles."""
+        if self.config.mix_style is not None:
+            if net.tower is None:
+                raise ValueError("objective.mix_style needs a model with a tower")
+            attach_mix_style(net.tower, self.config.mix_style)
         if self.config.align is None:
             return
         names = [self.tokenizer.encode(c.label, glued=True) for c in concepts(self.cache)]

@@ -61,6 +61,31 @@ def asked(history: Sequence[Mapping[str, Any]]) -> list[str]:
     return questions
 
 
+def conversation() -> gr.Chatbot:
+    """What was said so far."""
+    return gr.Chatbot(
+        show_label=False,
+        height="60vh",
+        min_height=360,
+        layout="bubble",
+        buttons=["copy"],
+        feedback_options=None,
+        placeholder="### Show me a picture and ask what you want to know",
+    )
+
+
+def question() -> gr.MultimodalTextbox:
+    """Where questions are typed and pictures dropped."""
+    return gr.MultimodalTextbox(
+        file_types=list(SUFFIXES),
+        file_count="multiple",
+        sources=["upload"],
+        placeholder="Ask about a picture …",
+        show_label=False,
+        autofocus=True,
+    )
+
+
 def page(sessions: Sessions, max_new_tokens: int = MAX_NEW_TOKENS, folder: Path = ROOT / "samples") -> gr.ChatInterface:
     """The page over the conversations of all its visitors; ``max_new_tokens`` is where its slider begins."""
 
@@ -99,23 +124,8 @@ def page(sessions: Sessions, max_new_tokens: int = MAX_NEW_TOKENS, folder: Path 
         multimodal=True,
         title=TITLE,
         description=DESCRIPTION,
-        chatbot=gr.Chatbot(
-            show_label=False,
-            height="60vh",
-            min_height=360,
-            layout="bubble",
-            buttons=["copy"],
-            feedback_options=None,
-            placeholder="### Show me a picture and ask what you want to know",
-        ),
-        textbox=gr.MultimodalTextbox(
-            file_types=list(SUFFIXES),
-            file_count="multiple",
-            sources=["upload"],
-            placeholder="Ask about a picture …",
-            show_label=False,
-            autofocus=True,
-        ),
+        chatbot=conversation(),
+        textbox=question(),
         additional_inputs=[
             gr.Slider(
                 0.0, 1.5, TEMPERATURE, step=0.05, label="Temperature", info="0 always gives the likeliest answer"

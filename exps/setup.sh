@@ -36,7 +36,7 @@ for stamp in "$venv/.ready-$kind" "$venv/.ready-dev"; do
 done
 
 python=$(find_python)
-if ! usable "$venv/bin/python"; then
+if ! usable "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "setting up $venv with $("$python" --version)"
     rm -rf "$venv"
     if ! "$python" -m venv "$venv"; then
@@ -46,6 +46,7 @@ if ! usable "$venv/bin/python"; then
 fi
 arguments=(-e .)
 [ "$kind" = dev ] && arguments+=(-r requirements-dev.txt)
+# Not compiling spares half a minute: most of what comes along is never imported.
 echo "installing ${files[*]} (some gigabytes; 1 to 4 minutes the first time)"
-"$venv/bin/python" -m pip install -qq --disable-pip-version-check "${arguments[@]}"
+"$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "${arguments[@]}"
 echo "$wanted" >"$venv/.ready-$kind"

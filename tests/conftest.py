@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.skips import SkipLedger
+
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Skips are counted and bounded."""
+    config.pluginmanager.register(SkipLedger())
 
 
 @pytest.fixture(autouse=True)

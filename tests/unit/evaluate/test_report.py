@@ -19,11 +19,10 @@ TUNING = Tuning(
     (replace(CARD, right=True, answer="cat", before="mouse"),),
 )  # fmt: skip
 WHOLE = Report("A model", (("torch", "2"),), (Line("emoji-names", 3, 4, 1),), (CARD,), TUNING, ("Held out.",))
-VOID = {"meta", "img", "line"}
 
 
 class Balance(HTMLParser):
-    """Counts what is opened and not closed, and keeps what is shown."""
+    """Notes every tag that opens."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,79 @@
+"""What starts chats: models by folder or name, messages, sessions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import accessory
+from accessory.backbone.generate import Sampling
+from accessory.models.build import Model
+from accessory.serve import chat as chats
+from accessory.serve.chat import ChatModel, Sessions
+from tests.tiny import tiny_model, tiny_model_dir
+
+GREEDY = Sampling(max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny_model(tmp_path_factory.mktemp("model"), seed=1)
+
+
+def test_sessions_are_separate_and_bounded(model: Model) -> None:
+    sessions = Sessions(ChatModel(model, sampling=GREEDY), capacity=2)
+    sessions.get("a").say("What is this?")
+    assert sessions.get("a").turns == 1
+    assert sessions.get("b").turns == 0
+    sessions.get("a")
+    sessions.get("c")
+    assert len(sessions) == 2
+    assert sessions.get("a").turns == 1, "the one idle for longest goes, not the oldest"
+    sessions.drop("a")
+    assert sessions.get("a").turns == 0
+    with pytest.raises(ValueError, match="capacity"):
+        Sessions(ChatModel(model), capacity=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_model_dir(tmp_path, seed=1)
+
+
+def test_three_lines_of_python(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "cat.png")
+    model = accessory.load(folder, sampling=GREEDY)
+    answer = model.chat("What is this?", images=[str(tmp_path / "cat.png")])
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": tmp_path / "cat.png"}, {"type": "text", "text": "What is this?"}],
+        }
+    ]
+    assert answer == model.chat(messages)
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And this?"}]
+    chat = model.new_chat()
+    chat.say("What is this?", [tmp_path / "cat.png"])
+    assert model.chat(messages) == chat.say("And this?")
+    assert model.chat("What is this?", max_new_tokens=200) != model.chat("What is this?")
+    with pytest.raises(ValueError, match="last message must be the user's"):
+        model.chat(messages[:2])
+    with pytest.raises(ValueError, match="give no images beside"):
+        model.chat(messages, images=["x.png"])
+
+
+def test_seeds_make_sampling_repeatable(model: Model) -> None:
+    whole = ChatModel(model, sampling=replace(GREEDY, temperature=1.0))
+    assert whole.chat("What is this?", seed=3) == whole.chat("What is this?", seed=3)
+    assert len({whole.chat("What is this?", seed=s) for s in range(4)}) > 1
+
+
+def test_models_are_found_by_folder_or_shipped_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chats.find_model(folder) == folder
+    monkeypatch.setattr(chats, "SHIPPED", folder.parent)
+    assert chats.find_model("tiny") == folder
+    with pytest.raises(ValueError, match=r"nowhere is neither a model folder .*shipped models are: tiny"):
+        chats.find_model("nowhere")

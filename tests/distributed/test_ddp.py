@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.distributed.helpers import run_ranks
-from tests.toy import ToySource, toy_model, toy_objective, weights
 
 from accessory.parallel import groups
 from accessory.train import checkpoint
 from accessory.train.config import TrainConfig
 from accessory.train.loop import TrainingDiverged, train
 from accessory.train.signals import Interrupts
+from tests.distributed.helpers import run_ranks
+from tests.toy import ToySource, toy_model, toy_objective, weights
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.toy import ToySource, toy_model, toy_objective, weights
 
 from accessory.train import checkpoint
 from accessory.train.checkpoint import CheckpointError
 from accessory.train.config import TrainConfig
 from accessory.train.loop import train
+from tests.toy import ToySource, toy_model, toy_objective, weights
 
 TESTS = Path(__file__).parents[1]
 

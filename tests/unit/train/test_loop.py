@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from tests.toy import ToyModel, ToySource, toy_batch, toy_model, toy_objective, weights
 
 from accessory.train import checkpoint, loop
 from accessory.train.blocks import checkpoint_blocks
 from accessory.train.checkpoint import CheckpointError
 from accessory.train.config import TrainConfig
 from accessory.train.loop import Hooks, Trainer, TrainingDiverged, train
+from tests.toy import ToyModel, ToySource, toy_batch, toy_model, toy_objective, weights
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from tests.toy import toy_batch, toy_model, toy_objective
 
 from accessory.train.config import GroupConfig, TrainConfig
 from accessory.train.optim import Optimizer, decays, learning_rate
+from tests.toy import toy_batch, toy_model, toy_objective
 
 CONFIG = TrainConfig(output_dir="unused", max_steps=10, lr=0.1, weight_decay=0.5)
 

@@ -62,7 +62,7 @@ def test_heavy_commands_know_their_arguments(command: str) -> None:
         assert not options or words[1] == "tests/run.sh"
         return
     program = words[1:4] if words[1] == "-m" else words[1:2]
-    shown = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert shown.returncode == 0, shown.stderr
     assert [o for o in options if o not in shown.stdout] == []
 

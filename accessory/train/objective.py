@@ -19,7 +19,6 @@ from accessory.models.align import Aligner
 from accessory.models.mllm import MLLM
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
-from accessory.vision.mix_style import MixStyleConfig, attach_mix_style
 
 
 class Objective(Protocol):
@@ -34,10 +33,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Classify a row's first picture among all emoji names, for rows whose first answer is one of them."""
+    """Classify a row's first picture among all emoji names, for rows whose first answer is one of them.
+
+    ``free_head`` adds the loss of a linear head over the tower's tokens, which teaches a tower fast from the start; it
+    is fresh in every run, so a run that goes on from a trained tower leaves it out.
+    """
 
     weight: float = 1.0
     smoothing: float = 0.0
+    free_head: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,6 @@ class ObjectiveConfig:
 
     language: float = 1.0
     align: AlignConfig | None = None
-    mix_style: MixStyleConfig | None = None
 
     def __post_init__(self) -> None:
         if self.language < 0 or (self.language == 0 and self.align is None):
@@ -66,11 +69,7 @@ class DialogueObjective:
         self.ends = _ends(tokenizer)
 
     def prepare(self, net: MLLM) -> None:
-        """Give ``net`` the auxiliary head that the alignment needs, and its tower the mixing of styles."""
-        if self.config.mix_style is not None:
-            if net.tower is None:
-                raise ValueError("objective.mix_style needs a model with a tower")
-            attach_mix_style(net.tower, self.config.mix_style)
+        """Give ``net`` the auxiliary head that the alignment needs."""
         if self.config.align is None:
             return
         names = [self.tokenizer.encode(c.label, glued=True) for c in concepts(self.cache)]
@@ -121,7 +120,8 @@ class DialogueObjective:
             return features.float().sum() * 0, 0, 0
         scores, free = net.aligner(features[first[use]], tokens[first[use]])
         smoothing = self.config.align.smoothing
-        parts = [F.cross_entropy(s, target[use], label_smoothing=smoothing) for s in (scores, free)]
+        heads = (scores, free) if self.config.align.free_head else (scores,)
+        parts = [F.cross_entropy(s, target[use], label_smoothing=smoothing) for s in heads]
         loss = torch.stack(parts).mean()
         return loss, int(use.sum()), int((scores.argmax(-1) == target[use]).sum())
 

@@ -21,6 +21,7 @@ class Aligner(nn.Module):
 
     classes: Tensor
     centre: Tensor
+    spread: Tensor
 
     def __init__(self, num_classes: int, dim: int, width: int) -> None:
         super().__init__()
@@ -28,6 +29,7 @@ class Aligner(nn.Module):
         self.head = nn.Linear(width, num_classes)
         self.register_buffer("classes", torch.zeros(num_classes, dim), persistent=False)
         self.register_buffer("centre", torch.zeros(dim), persistent=False)
+        self.register_buffer("spread", torch.ones(()), persistent=False)
         self.index: dict[tuple[int, ...], int] = {}
 
     @torch.no_grad()
@@ -43,6 +45,7 @@ class Aligner(nn.Module):
             raise ValueError("an answer without a token cannot be aligned to")
         rows = torch.stack([embeddings[list(a)].float().mean(0) for a in answers])
         self.centre.copy_(rows.mean(0))
+        self.spread.copy_((embeddings.float() - embeddings.float().mean(0)).pow(2).mean().sqrt())
         self.classes.copy_(F.normalize(rows - self.centre, dim=-1))
         self.index = {tuple(a): i for i, a in enumerate(answers)}
 
@@ -55,3 +58,27 @@ class Aligner(nn.Module):
         pooled = features.float().mean(1) - self.centre
         scores = F.normalize(pooled, dim=-1) @ self.classes.T * self.log_scale.exp().clamp(max=100.0)
         return scores, self.head(tokens.float().mean(1))
+
+
+@torch.no_grad()
+def match_scale(aligner: Aligner, projector: nn.Module, features: Tensor) -> float:
+    """Shrink or stretch the projector's output about the mean token embedding to the spread of token embeddings.
+
+    Alignment leaves the length of features free, and they grow to many times that of a word; a language model that
+    is then trained on them first pulls the projector apart. Directions about the centre, and so every alignment score,
+    stay as they are: the last linear becomes ``s W, s b + (1 - s) centre``. Returns s.
+
+    ``features``: (N, P, D) of typical pictures, N > 0.
+
+    Raises:
+        ValueError: when a part of the projector does not end in a linear layer.
+    """
+    centre = aligner.centre
+    s = float(aligner.spread / (features.float() - centre).pow(2).mean().sqrt())
+    for part in projector.children():
+        last = part[-1] if isinstance(part, nn.Sequential) else part
+        if not isinstance(last, nn.Linear) or last.bias is None:
+            raise ValueError(f"match_scale needs a projector that ends in linear layers, this one has {type(last)}")
+        last.weight.mul_(s)
+        last.bias.copy_(s * last.bias + (1 - s) * centre.to(last.bias))
+    return s

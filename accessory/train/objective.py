@@ -33,7 +33,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Classify a row's first picture among all emoji names, for rows whose first answer is one of them.
+    """Classify a row's first picture among all emoji names, for rows of ``source`` (a drawn word, or one thing among
+    several in a scene, may have such an answer too, and the whole picture must not be drawn to it).
 
     ``free_head`` adds the loss of a linear head over the tower's tokens, which teaches a tower fast from the start; it
     is fresh in every run, so a run that goes on from a trained tower leaves it out.
@@ -41,6 +42,7 @@ class AlignConfig:
 
     weight: float = 1.0
     smoothing: float = 0.0
+    source: str = "emoji-names/train"
     free_head: bool = True
 
 
@@ -95,7 +97,8 @@ class DialogueObjective:
         if align is not None and tokens is not None and features is not None:
             mean, rows, right = self._align(model, batch, features, tokens[0])
             count = count if self.config.language else count + rows
-            metrics |= {"align": mean.detach() * count, "align_accuracy": right / max(rows, 1) * count}
+            # Rows, not tokens: their quotient is the accuracy, and a batch may have none.
+            metrics |= {"align": mean.detach() * count, "aligned_rows": rows, "aligned_right": right}
             total = total + align.weight * mean * count
         return total, count, metrics
 
@@ -115,6 +118,8 @@ class DialogueObjective:
         first = tiles.cumsum(0) - tiles
         answers = [first_answer(row, self.ends) for row in batch.labels.tolist()]
         target = net.aligner.targets(answers).masked_fill(tiles == 0, IGNORE)
+        ours = torch.tensor([name == self.config.align.source for name in batch.sources], device=target.device)
+        target = target.masked_fill(~ours, IGNORE)
         use = target != IGNORE
         if not bool(use.any()):
             return features.float().sum() * 0, 0, 0

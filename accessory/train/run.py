@@ -16,8 +16,10 @@ from accessory.data.loader import Loader
 from accessory.data.mixture import Ledger, Mixture
 from accessory.data.sources import load_sources
 from accessory.models import build
+from accessory.models.align import Aligner, match_scale
 from accessory.models.build import Model, ModelConfig
 from accessory.parallel import groups
+from accessory.schema import Batch
 from accessory.train import rng
 from accessory.train.config import TrainConfig
 from accessory.train.loop import Hooks, Result, train
@@ -41,13 +43,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One experiment. ``init`` names a model folder whose trained tensors are the start of this run."""
+    """One experiment. ``init`` names a model folder whose trained tensors are the start of this run; ``match_scale``
+    then brings its projected features to the length of token embeddings (after a run of alignment alone)."""
 
     train: TrainConfig
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     init: str | None = None
+    match_scale: bool = False
     cache: str | None = None
 
 
@@ -81,6 +85,8 @@ def run(
     if config.init is not None:
         warm_start(model.net, Path(config.init))
     source = _loader(config, model, folder, cache)
+    if config.match_scale:
+        _match_scale(model, next(iter(_loader(config, model, folder, cache))))
     describe(model, source)
     if dry_run:
         return None
@@ -106,6 +112,15 @@ def warm_start(net: nn.Module, folder: Path) -> None:
     if bad:
         raise ValueError(f"init {folder}: {len(bad)} tensors do not fit the model: {', '.join(bad[:10])}")
     net.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in state.items()}})
+
+
+def _match_scale(model: Model, batch: Batch) -> None:
+    net = model.net
+    if not isinstance(net.aligner, Aligner) or net.projector is None or not len(batch.tiles):
+        raise ValueError("match_scale needs objective.align and pictures in the data")
+    with torch.no_grad():
+        features = net.encode(batch.tiles.to(net.aligner.centre.device))
+    LOG.info("projected features scaled by %.3f", match_scale(net.aligner, net.projector, features))
 
 
 def _loader(config: RunConfig, model: Model, folder: Path, cache: Path | None) -> Loader:

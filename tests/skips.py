@@ -12,7 +12,7 @@ import pytest
 ALLOWED = (
     (r"no CUDA device|needs? a GPU", 20),
     (r"not in (the cache|/|~|[\w.-]+/)|assets are not", 80),
-    (r"chromium", 10),
+    (r"chromium|playwright", 10),
     (r"the golden data is not beside this checkout", 40),
     (r"not a git checkout", 2),
 )

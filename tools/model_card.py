@@ -17,6 +17,10 @@ from typing import Any
 from accessory.evaluate.report import curve
 
 CONTROLS = ("none", "shuffled", "blind")
+STYLE = (  # the report page brings its own; a file that stands alone needs one
+    "<style>text{font:12px sans-serif;fill:#888}.grid{stroke:#8884}polyline{fill:none}.raw{stroke:#8886}"
+    ".line{stroke:#27c;stroke-width:2}</style>"
+)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +73,9 @@ def main() -> int:
     for folder in args.runs:
         line, history = run_facts(folder)
         lines.append(line)
-        (args.out / f"curve-{folder.name}.svg").write_text(curve(history), encoding="utf-8")
+        (args.out / f"curve-{folder.name}.svg").write_text(
+            curve(history).replace(">", f">{STYLE}", 1), encoding="utf-8"
+        )
     table = score_table([item for path in args.scores for item in rows(path)])
     (args.out / "scores.md").write_text(table + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     print(table)

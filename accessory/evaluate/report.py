@@ -109,16 +109,17 @@ def curve(history: Sequence[tuple[float, float]], label: str = "loss") -> str:
     for k in range(5):
         y = top * k / 4
         down = at(0, y).split(",")[1]
-        grid.append(f"<line x1={LEFT} x2={WIDTH - 8} y1={down} y2={down} class=grid />")
-        grid.append(f"<text x={LEFT - 6} y={down} dy=4 text-anchor=end>{y:.2g}</text>")
+        grid.append(f"<line x1='{LEFT}' x2='{WIDTH - 8}' y1='{down}' y2='{down}' class='grid' />")
+        grid.append(f"<text x='{LEFT - 6}' y='{down}' dy='4' text-anchor='end'>{y:.2g}</text>")
         across = at(right * k / 4, 0).split(",")[0]
         grid.append(
-            f"<text x={across} y={HEIGHT - 10} text-anchor={'end' if k == 4 else 'middle'}>{right * k / 4:.0f} s</text>"
+            f"<text x='{across}' y='{HEIGHT - 10}' text-anchor='{'end' if k == 4 else 'middle'}'>"
+            f"{right * k / 4:.0f} s</text>"
         )
     raw, line = (" ".join(at(x, y) for x, y in zip(xs, values)) for values in (ys, smooth))
     return (
-        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escape(label)} over time'>{''.join(grid)}"
-        f"<polyline class=raw points='{raw}' /><polyline class=line points='{line}' /></svg>"
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(label)} over time'>{''.join(grid)}"
+        f"<polyline class='raw' points='{raw}' /><polyline class='line' points='{line}' /></svg>"
     )
 
 

@@ -77,6 +77,8 @@ def score(
     Raises:
         ValueError: for an unknown task or a limit below 2; AssetError when its asset is missing.
     """
+    if model.net.projector is None and model.net.tower is not None:
+        raise ValueError("scores of models that see through a visual prefix alone are not supported yet")
     begin = time.monotonic()
     rows = build(task, "test", cache=cache, size=model.config.tiling.size)
     if limit is not None and limit < 2:

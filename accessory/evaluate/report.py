@@ -118,7 +118,8 @@ def curve(history: Sequence[tuple[float, float]], label: str = "loss") -> str:
         )
     raw, line = (" ".join(at(x, y) for x, y in zip(xs, values)) for values in (ys, smooth))
     return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(label)} over time'>{''.join(grid)}"
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' "
+        f"aria-label='{escape(label)} over time'>{''.join(grid)}"
         f"<polyline class='raw' points='{raw}' /><polyline class='line' points='{line}' /></svg>"
     )
 

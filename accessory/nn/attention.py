@@ -38,12 +38,24 @@ class Attention(nn.Module):
         """Split (B, T, heads * A) into (B, T, heads, A)."""
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H * A), keys and values (B, T, K * A) of (B, T, D), not yet rotated."""
-        if self.fused is not None and self.fused.fits(self.wq.weight, self.wk.weight, self.wv.weight):
-            q, k, v = self.fused(x)
-            return self.wq.finish(q, x), self.wk.finish(k, x), self.wv.finish(v, x)
-        return self.wq(x), self.wk(x), self.wv(x)
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, A), keys and values (B, K, T, A) of (B, T, D); queries and keys are rotated."""
+        wq, wk, wv, fused = self.wq, self.wk, self.wv, self.fused
+        if fused is None or not fused.fits(wq.weight, wk.weight, wv.weight):
+            q, k, v = wq(x), wk(x), wv(x)
+        elif wq.bare and wk.bare and wv.bare:
+            # Nothing stands between the product and the rotation, so queries and keys are turned as one tensor.
+            joined = self.heads(fused.joined(x))
+            h, n, _ = (rows // self.head_dim for rows in fused.rows)
+            turned = rotate(joined[:, :, : h + n], rope).transpose(1, 2)
+            return turned[:, :h], turned[:, h:], joined[:, :, h + n :].transpose(1, 2)
+        else:
+            q, k, v = fused(x)
+            q, k, v = wq.finish(q, x), wk.finish(k, x), wv.finish(v, x)
+        # (B, T, heads * A) -> (B, heads, T, A)
+        q = rotate(self.heads(q), rope).transpose(1, 2)
+        k = rotate(self.heads(k), rope).transpose(1, 2)
+        return q, k, self.heads(v).transpose(1, 2)
 
     def forward(
         self,
@@ -60,11 +72,7 @@ class Attention(nn.Module):
         None = plain causal from position 0, or a single newest query that sees everything.
         ``context``: (B, M, D) extra tokens for the prefix.
         """
-        # (B, T, heads, A) -> (B, heads, T, A)
-        q, k, v = self.project(x)
-        q = rotate(self.heads(q), rope).transpose(1, 2)
-        k = rotate(self.heads(k), rope).transpose(1, 2)
-        v = self.heads(v).transpose(1, 2)
+        q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask)

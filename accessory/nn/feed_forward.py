@@ -29,11 +29,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        if self.fused is not None and self.fused.fits(self.w1.weight, self.w3.weight):
-            gate, up = self.fused(x)
-            gate, up = self.w1.finish(gate, x), self.w3.finish(up, x)
+        w1, w3, fused = self.w1, self.w3, self.fused
+        if fused is not None and fused.fits(w1.weight, w3.weight):
+            gate, up = fused.joined(x).chunk(2, dim=-1)
+            gate, up = w1.finish(gate, x), w3.finish(up, x)
         else:
-            gate, up = self.w1(x), self.w3(x)
+            gate, up = w1(x), w3(x)
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.w2(gate * up)
 

@@ -29,11 +29,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if self.kernel is not None and self.kernel.fits(self.weight):
-            return self.finish(self.kernel(x)[0], x)
+        kernel = self.kernel
+        if kernel is not None and kernel.fits(self.weight):
+            return self.finish(kernel.joined(x), x)
         # What tuning adds may be kept in fp32 on a bf16 layer, so it is cast on use.
         y = F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         return self._adapt(y, x)
+
+    @property
+    def bare(self) -> bool:
+        """Whether the output is ``W x`` and nothing else."""
+        return self.bias is None and self.delta is None and self.scale is None
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The output for input ``x`` from a product ``y = W x`` that was computed elsewhere."""

@@ -19,7 +19,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of (..., D)."""
-        h = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        width = (x.shape[-1],)
         if self.offset:
-            return (h * (self.offset + self.weight.float())).to(x.dtype)
-        return h.to(x.dtype) * self.weight.to(x.dtype)  # a norm that trains is fp32 in a bf16 model
+            return (F.rms_norm(x.float(), width, eps=self.eps) * (self.offset + self.weight.float())).to(x.dtype)
+        # A half-precision input is normalised in fp32 inside the call, and comes back in its own dtype. A norm that
+        # trains is fp32 in a bf16 model.
+        return F.rms_norm(x, width, eps=self.eps) * self.weight.to(x.dtype)

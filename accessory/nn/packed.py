@@ -24,25 +24,30 @@ class Packed(nn.Module):
         # In a tuple, so that they are not parameters of this module too.
         self._sources = tuple(weights)
         self._versions = tuple(w._version for w in weights)
-        self._rows = [w.shape[0] for w in weights]
+        self.rows = [w.shape[0] for w in weights]
         joined = torch.cat([w.detach() for w in weights])
         self._opaque = packable(joined)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(joined, _ROWS) if self._opaque else joined
 
     def fits(self, *weights: Tensor) -> bool:
         """Whether this is the product of exactly these unchanged ``weights``, and no gradient is wanted."""
-        return not torch.is_grad_enabled() and all(
-            w is source and w._version == version
-            for w, source, version in zip(weights, self._sources, self._versions, strict=True)
-        )
+        if torch.is_grad_enabled():
+            return False
+        for weight, source, version in zip(weights, self._sources, self._versions, strict=True):
+            if weight is not source or weight._version != version:
+                return False
+        return True
+
+    def joined(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., sum of out_i): the products side by side, ``rows`` wide each."""
+        if self._opaque:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        return F.linear(x, self._weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., in) -> (..., out_i) for every weight."""
-        if self._opaque:
-            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
-        else:
-            y = F.linear(x, self._weight)
-        return (y,) if len(self._rows) == 1 else y.split(self._rows, dim=-1)
+        y = self.joined(x)
+        return (y,) if len(self.rows) == 1 else y.split(self.rows, dim=-1)
 
 
 def packable(weight: Tensor) -> bool:

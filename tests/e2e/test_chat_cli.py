@@ -142,6 +142,8 @@ def test_control_c_stops_the_answer_and_not_the_program(folder: Path) -> None:
     process = subprocess.Popen(
         [*command(folder)[:-2], "--max-new-tokens", "100000"],
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        # A suite that runs in the background was told to ignore interrupts, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(slave)
     try:

@@ -28,12 +28,14 @@ def main(args: argparse.Namespace) -> int:
     """Print a Markdown table; one line a task and control as it is done."""
     import torch
 
+    from accessory.backbone.fast import accelerate
     from accessory.evaluate.score import TASKS, score
     from accessory.models.build import load
 
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load(args.model, cache=args.cache)
+    accelerate(model.net.backbone)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("", encoding="utf-8")

@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     """
     if os.environ.get("RANK", "0") == "0":
         log.setup()
-    from accessory.train import run
+    from accessory.train.run import main_config
 
-    result = run.main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
+    result = main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
     return 128 + signal.SIGINT if result is not None and result.reason == "SIGINT" else 0

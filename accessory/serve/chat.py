@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from accessory.backbone.fast import accelerate
 from accessory.backbone.generate import Sampling
 from accessory.models import build
 from accessory.models.build import Model
@@ -291,5 +294,12 @@ def find_model(name: str | Path) -> Path:
 def load(
     folder: str | Path, *, cache: Path | None = None, sampling: Sampling | None = None, limits: Limits | None = None
 ) -> ChatModel:
-    """The model of a folder (or a shipped one by name), ready to chat. ``cache``: where the assets lie."""
-    return ChatModel(build.load(find_model(folder), cache=cache), sampling=sampling, limits=limits)
+    """The model of a folder (or a shipped one by name), ready to chat. ``cache``: where the assets lie.
+
+    On a CPU the weights of a bf16 backbone are packed for decoding, which costs a second copy of them.
+    """
+    model = build.load(find_model(folder), cache=cache)
+    table = model.net.backbone.tok_embeddings.weight
+    if table.device.type == "cpu" and table.dtype == torch.bfloat16:
+        accelerate(model.net.backbone)
+    return ChatModel(model, sampling=sampling, limits=limits)

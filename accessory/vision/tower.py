@@ -115,7 +115,7 @@ class Tower(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Keep mean and std exact: they stay float32 under ``.to(bfloat16)`` and are real again after ``to_empty``."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, values in zip(("mean", "std"), self._constants, strict=True):
             device = getattr(self, name).device
             setattr(self, name, torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1))

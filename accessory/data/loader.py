@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,13 @@ def _unpack(packed: _Packed) -> Iterator[tuple[int, Encoded | RowRejected]]:
 
 def _same(packed: Any) -> Any:
     return packed
+
+
+def _outlive_signals(worker: int) -> None:
+    """Schedulers, torchrun and terminals signal a whole process group. The run decides when to end: a worker that died
+    first would turn an orderly stop, which saves, into an error. Workers end with their parent in any case."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:
@@ -148,6 +156,7 @@ class Loader:
             sampler=_Chunks(start, self.rank, self.world),
             num_workers=self.num_workers,
             collate_fn=_same,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else it takes a seed from the global one, and a resumed run draws another
         )
         for packed in loader:

@@ -77,8 +77,6 @@ def score(
     Raises:
         ValueError: for an unknown task or a limit below 2; AssetError when its asset is missing.
     """
-    if model.net.projector is None and model.net.tower is not None:
-        raise ValueError("scores of models that see through a visual prefix alone are not supported yet")
     begin = time.monotonic()
     rows = build(task, "test", cache=cache, size=model.config.tiling.size)
     if limit is not None and limit < 2:
@@ -119,6 +117,8 @@ def answers(model: Model, samples: Sequence[Sample], max_new_tokens: int = MAX_N
 
 def prompts(model: Model, rows: Sequence[Encoded]) -> Iterator[Tensor]:
     """Input vectors (T, D) of every row; the tiles of all rows are encoded together."""
+    if model.net.projector is None and model.net.tower is not None:
+        raise ValueError("scores of models that see through a visual prefix alone are not supported yet")
     tiles = torch.cat([r.tiles for r in rows])
     features = model.net.encode(tiles) if model.net.projector is not None and len(tiles) else None
     at = 0

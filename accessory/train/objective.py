@@ -33,7 +33,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Classify a row's first picture among all emoji names, for rows of ``source`` (a drawn word, or one thing among
+    """Classify a row's first picture among all emoji names, for rows of ``source`` (None: of any; a drawn word, or one thing among
     several in a scene, may have such an answer too, and the whole picture must not be drawn to it).
 
     ``free_head`` adds the loss of a linear head over the tower's tokens, which teaches a tower fast from the start; it
@@ -42,7 +42,7 @@ class AlignConfig:
 
     weight: float = 1.0
     smoothing: float = 0.0
-    source: str = "emoji-names/train"
+    source: str | None = "emoji-names/train"
     free_head: bool = True
 
 
@@ -118,8 +118,9 @@ class DialogueObjective:
         first = tiles.cumsum(0) - tiles
         answers = [first_answer(row, self.ends) for row in batch.labels.tolist()]
         target = net.aligner.targets(answers).masked_fill(tiles == 0, IGNORE)
-        ours = torch.tensor([name == self.config.align.source for name in batch.sources], device=target.device)
-        target = target.masked_fill(~ours, IGNORE)
+        if self.config.align.source is not None:
+            ours = torch.tensor([name == self.config.align.source for name in batch.sources], device=target.device)
+            target = target.masked_fill(~ours, IGNORE)
         use = target != IGNORE
         if not bool(use.any()):
             return features.float().sum() * 0, 0, 0

@@ -36,7 +36,7 @@ def made(tmp_path: Path) -> Model:
 
 
 def aligned(made: Model, **options: object) -> DialogueObjective:
-    config = ObjectiveConfig(**{"align": AlignConfig(), **options})  # type: ignore[arg-type]
+    config = ObjectiveConfig(**{"align": AlignConfig(source=None), **options})  # type: ignore[arg-type]
     found = DialogueObjective(config, made.tokenizer)
     found.prepare(made.net)
     return found
@@ -87,7 +87,7 @@ def test_sums_of_parts_are_the_sum_of_the_whole(made: Model) -> None:
 
 @pytest.mark.usefixtures("named")
 def test_weights_multiply_the_parts(made: Model) -> None:
-    found = aligned(made, language=0.5, align=AlignConfig(weight=3.0))
+    found = aligned(made, language=0.5, align=AlignConfig(weight=3.0, source=None))
     total, count, metrics = found(made.net, batch(made, rows()))
     wanted = 0.5 * float(metrics["language"]) + 3 * float(metrics["align"])
     assert float(total) == pytest.approx(wanted, rel=1e-5)
@@ -108,7 +108,7 @@ def test_the_first_picture_of_named_rows_is_aligned(made: Model, monkeypatch: py
     scores = aligner(seen[0], made.net.tower.tokens(b.tiles)[0][[0, 5]])  # type: ignore[union-attr]
     wanted = sum(F.cross_entropy(s, torch.tensor([1, 2])) for s in scores)  # mean of two heads, sum of two rows
     assert float(total) == pytest.approx(float(wanted), rel=1e-4)
-    assert float(metrics["align_accuracy"]) == int((scores[0].argmax(-1) == torch.tensor([1, 2])).sum())
+    assert int(metrics["aligned_right"]) == int((scores[0].argmax(-1) == torch.tensor([1, 2])).sum())
 
 
 @pytest.mark.usefixtures("named")
@@ -131,7 +131,7 @@ def test_every_batch_has_the_same_metrics(made: Model, language: float) -> None:
     found = aligned(made, language=language)
     results = [found(made.net, batch(made, part)) for part in (rows(), rows()[:1], rows()[1:2], rows()[2:3])]
     keys = [set(m) for _, _, m in results]
-    assert keys == [{"align", "align_accuracy"} | ({"language"} if language else set())] * 4
+    assert keys == [{"align", "aligned_rows", "aligned_right"} | ({"language"} if language else set())] * 4
     assert [int(c) > 0 for _, c, _ in results] == ([True] * 4 if language else [True, False, True, False])
     for total, _, _ in results:
         assert torch.isfinite(total)
@@ -161,7 +161,7 @@ def test_first_answer(labels: list[int], answer: list[int]) -> None:
 
 
 def test_real_names_are_found_as_the_template_writes_them(made: Model, asset_cache: Path) -> None:
-    found = DialogueObjective(ObjectiveConfig(align=AlignConfig()), made.tokenizer, asset_cache)
+    found = DialogueObjective(ObjectiveConfig(align=AlignConfig(source=None)), made.tokenizer, asset_cache)
     found.prepare(made.net)
     known = concepts(asset_cache)
     assert len(known) > 1000

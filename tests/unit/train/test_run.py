@@ -28,10 +28,10 @@ def test_a_run_ends_in_a_folder_that_is_the_trained_model(tmp_path: Path, monkey
     known = tuple(Concept(n, n, (), "", "") for n in ("red", "green", "blue", "yellow"))
     monkeypatch.setattr(objective, "concepts", lambda cache: known)
     path = write_squares(tmp_path, 2)
-    result = main_config(path, ["objective.align={weight: 0.5}"])
+    result = main_config(path, ["objective.align={weight: 0.5, source: null}"])
     assert result is not None
     assert result.final == tmp_path / "run" / "final"
-    assert set(result.row) > {"loss", "language", "align", "align_accuracy"}
+    assert set(result.row) > {"loss", "language", "align", "aligned_right"}
     state = load_file(result.final / build.WEIGHTS_FILE)
     assert not [k for k in state if k.startswith("aligner")]  # training's own
     loaded = build.load(result.final)

@@ -19,8 +19,9 @@ from accessory.models import build
 from accessory.models.align import Aligner, match_scale
 from accessory.models.build import Model, ModelConfig
 from accessory.parallel import groups
+from accessory.peft.attach import trainable_state
 from accessory.schema import Batch
-from accessory.train import rng
+from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
 from accessory.train.loop import Hooks, Result, train
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
@@ -82,10 +83,12 @@ def run(
     objective = DialogueObjective(config.objective, model.tokenizer, cache)
     objective.prepare(model.net)
     model.net.to(device)
-    if config.init is not None:
+    # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
+    fresh = checkpoint.resolve(resume, config.train.output_dir) is None
+    if config.init is not None and fresh:
         warm_start(model.net, Path(config.init))
     source = _loader(config, model, folder, cache)
-    if config.match_scale:
+    if config.match_scale and fresh:
         _match_scale(model, next(iter(_loader(config, model, folder, cache))))
     describe(model, source)
     if dry_run:
@@ -104,13 +107,20 @@ def warm_start(net: nn.Module, folder: Path) -> None:
 
     Raises:
         ValueError: when the folder has a tensor that the model lacks or that has another shape: part of what was
-            learned would be lost without a word.
+            learned would be lost without a word. So too when it has a tensor that is frozen here: the export holds
+            what trains and nothing else.
     """
     state = load_file(folder / build.WEIGHTS_FILE)
     own = net.state_dict()
     bad = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     if bad:
         raise ValueError(f"init {folder}: {len(bad)} tensors do not fit the model: {', '.join(bad[:10])}")
+    lost = sorted(state.keys() - trainable_state(net).keys())
+    if lost:
+        raise ValueError(
+            f"init {folder} holds {len(lost)} tensors that this run neither trains nor exports: "
+            f"{', '.join(lost[:10])}; to stand on a model as it is, name it as model.base"
+        )
     net.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in state.items()}})
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from accessory import config as configuration
 from accessory.data.emoji import Concept
 from accessory.models import build
-from accessory.peft.attach import LoraSpec, trainable_state
+from accessory.peft.attach import LoraSpec, TrainSpec, trainable_state
 from accessory.train import objective
 from accessory.train.run import RunConfig, main_config, run, warm_start
 from tests.tiny import tiny_model, tiny_model_dir
@@ -37,7 +37,7 @@ def test_a_run_ends_in_a_folder_that_is_the_trained_model(tmp_path: Path, monkey
     loaded = build.load(result.final)
     for name, p in loaded.net.named_parameters():
         assert torch.equal(p, state[name]), name
-    fresh = tiny_model(tmp_path, max_length=128)
+    fresh = tiny_model(tmp_path, train=True, max_length=128)
     with pytest.raises(ValueError, match="do not fit"):
         warm_start(fresh.net.backbone, result.final)
     warm_start(fresh.net, result.final)
@@ -79,6 +79,26 @@ def test_init_that_does_not_fit_is_refused_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 tensors do not fit the model: backbone\.nowhere"):
         warm_start(made.net, tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in trainable_state(made.net).items())
+
+
+def test_init_with_tensors_that_would_be_dropped_is_refused(tmp_path: Path) -> None:
+    folder = tiny_model_dir(tmp_path)
+    made = tiny_model(tmp_path, train=True, tuning=(TrainSpec(("projector.*",)),))
+    before = {k: v.clone() for k, v in made.net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"neither trains nor exports: backbone\..*model\.base"):
+        warm_start(made.net, folder)
+    assert all(torch.equal(v, before[k]) for k, v in made.net.state_dict().items())
+
+
+def test_a_resumed_run_takes_nothing_from_its_start(tmp_path: Path) -> None:
+    config = replace(experiment(tmp_path, steps=1), init=str(tiny_model_dir(tmp_path, seed=7, max_length=128)))
+    with pytest.raises(ValueError, match="match_scale needs"):
+        run(replace(config, match_scale=True), folder=tmp_path)
+    assert run(config, folder=tmp_path) is not None
+    again = replace(config, init=str(tmp_path / "gone"), match_scale=True)  # neither is looked at any more
+    result = run(replace(again, train=replace(config.train, max_steps=2)), "auto", folder=tmp_path)
+    assert result is not None
+    assert result.step == 2
 
 
 def test_dry_run_describes_and_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,14 +50,21 @@ def examples(folder: Path, most: int = 9) -> tuple[list[dict[str, Any]], list[st
 
 
 def asked(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The text of every question that the page shows."""
+    """The text of every question that the page shows with an answer.
+
+    The page also keeps showing questions that were refused or stopped before their first word; no chat knows those.
+    """
     questions = []
+    waiting: str | None = None
     for message in history:
         if message["role"] == "user":
             content = message["content"]
             parts = [content] if isinstance(content, str) else content
             texts = [p if isinstance(p, str) else p.get("text", "") for p in parts if isinstance(p, str | Mapping)]
-            questions.append("".join(t for t in texts if t))
+            waiting = "".join(t for t in texts if t)
+        elif waiting is not None:
+            questions.append(waiting)
+            waiting = None
     return questions
 
 

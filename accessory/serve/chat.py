@@ -124,7 +124,8 @@ class Chat:
             asked = [i for i, t in enumerate(self._history) if t.role == "user"]
             if questions < len(asked):
                 self._history = self._history[: asked[questions]]
-            self._first = min(self._first, len(self._history))
+            # What was forgotten to make room may fit again; the next turn decides anew.
+            self._first = self._head()
 
     def follow(self, asked: Sequence[str]) -> int:
         """Keep only the leading questions that are ``asked`` (what a page still shows); how many these are."""
@@ -138,7 +139,6 @@ class Chat:
     def reset(self) -> None:
         """Forget the dialogue; a system turn stays."""
         self.rewind(0)
-        self._first = self._head()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

@@ -269,6 +269,23 @@ def test_the_oldest_exchanges_are_dropped_with_a_notice(tmp_path: Path) -> None:
     assert chat.history[-1].text in answers[1:]
 
 
+def test_rewinding_gives_room_to_what_was_forgotten(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, max_length=96)
+    chat = Chat(model, sampling=GREEDY)
+    for n in range(5):
+        chat.say(f"What is this? This is number {n}.")
+    whole = chat.history
+    chat.rewind(1)
+    answer = chat.say("Read the word.")
+    question = Turn("user", ("Read the word.",))
+    assert answer == fresh(model, (*whole[:2], question))[0]
+    assert answer != fresh(model, (question,))[0], "and the first exchange matters"
+    system = Turn("system", ("a red cat",))
+    chat = Chat(model, sampling=GREEDY, history=(system, *whole[:2]))
+    chat.rewind(0)
+    assert chat.say("Read the word.") == fresh(model, (system, question))[0]
+
+
 def test_the_system_turn_survives_forgetting(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, max_length=96)
     system = Turn("system", ("a red cat",))

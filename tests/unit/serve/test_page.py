@@ -1,0 +1,33 @@
+"""What the chat page makes of the history that its widget sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed (pip install -r requirements.txt)")
+
+from demos.chat import asked  # noqa: E402
+
+
+def said(role: str, *parts: str | dict[str, Any]) -> dict[str, Any]:
+    content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+    return {"role": role, "content": content}
+
+
+PICTURE = {"type": "file", "file": {"path": "cat.png"}}
+
+
+def test_questions_count_once_they_are_answered() -> None:
+    history = [said("user", PICTURE, "What is this?"), said("assistant", "cat")]
+    assert asked(history) == ["What is this?"]
+    assert asked([{"role": "user", "content": "And this?"}, {"role": "assistant", "content": "dog"}]) == ["And this?"]
+
+
+def test_a_refused_question_is_shown_but_was_never_asked() -> None:
+    answered = [said("user", "One?"), said("assistant", "1")]
+    refused = said("user", PICTURE, "Two?")
+    assert asked([*answered, refused]) == ["One?"]
+    later = [*answered, refused, said("user", "Three?"), said("assistant", "3")]
+    assert asked(later) == ["One?", "Three?"]

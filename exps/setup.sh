@@ -29,7 +29,8 @@ case $kind in
     *) echo "usage: bash exps/setup.sh [main|dev]" >&2; exit 2 ;;
 esac
 
-wanted=$(cat pyproject.toml "${files[@]}" | cksum | cut -d' ' -f1)-$root
+# One checksum over the files of both kinds, so that the stamps of both can be compared with it.
+wanted=$(cat pyproject.toml requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)-$root
 # What serves the tests serves the user too, so a dev set-up need not be repeated for main.
 for stamp in "$venv/.ready-$kind" "$venv/.ready-dev"; do
     if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
@@ -37,6 +38,11 @@ done
 
 python=$(find_python)
 if ! usable "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
+        echo "error: $venv is there and is no virtual environment, so it is not replaced; remove it, or name another" >&2
+        echo "       folder: ACCESSORY_VENV=/path/to/venv bash $0" >&2
+        exit 1
+    fi
     echo "setting up $venv with $("$python" --version)"
     rm -rf "$venv"
     if ! "$python" -m venv "$venv"; then

@@ -244,7 +244,7 @@ def tune(options: Options) -> dict[str, Any]:
     """Fine-tune a fresh adapter; what its log says."""
     from accessory.train import run as training
 
-    shutil.rmtree(options.tuned, ignore_errors=True)
+    clear(options.tuned)
     overrides = [f"model.base={options.model.resolve()}", f"train.output_dir={options.tuned}"]
     if options.cache is not None:
         overrides.append(f"cache={options.cache.resolve()}")
@@ -263,6 +263,15 @@ def tune(options: Options) -> dict[str, Any]:
         "images_per_s": sum(r["images_per_s"] for r in rows) / len(rows),
         "history": [(r["seconds"], r["loss"]) for r in rows],
     }
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier fine-tuning; ValueError when ``folder`` holds files and none is the log of one."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "metrics.jsonl").is_file()):
+        raise ValueError(f"{folder} is there and holds no earlier fine-tuning; move it away, or name another --out")
+    shutil.rmtree(folder)
 
 
 def trained_parameters(folder: Path) -> int:

@@ -139,3 +139,56 @@ def test_an_old_python_is_refused_with_a_message(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
     wrong = subprocess.run(["bash", str(ROOT / "exps" / "setup.sh"), "all"], env=env, capture_output=True, text=True)
     assert wrong.returncode == 2
+
+
+def set_up(venv: Path, kind: str, python: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": str(python), "ACCESSORY_VENV": str(venv)}
+    return subprocess.run(["bash", str(ROOT / "exps" / "setup.sh"), kind], env=env, capture_output=True, text=True)
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_folder_that_is_no_environment_is_never_replaced(tmp_path: Path) -> None:
+    """The stand-in for Python is new enough and makes no environment: what would be removed is gone all the same."""
+    python = script(tmp_path / "python", '[ "$1" = -m ] && exit 1; exit 0')
+    precious = tmp_path / "venv" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    done = set_up(precious.parent, "main", python)
+    assert done.returncode == 1
+    assert "is no virtual environment" in done.stderr
+    assert precious.read_text() == "mine"
+    (precious.parent / "pyvenv.cfg").write_text("")
+    assert "cannot make a virtual environment" in set_up(precious.parent, "main", python).stderr
+    assert not precious.exists(), "a torn environment is made anew"
+
+
+def test_what_is_set_up_for_tests_serves_for_use_and_not_the_other_way(tmp_path: Path) -> None:
+    """pip of the stand-in environment notes that it was asked to install something."""
+    asked = tmp_path / "asked"
+    python = script(tmp_path / "venv" / "bin" / "python", f'[ "$3" = install ] && echo "$@" >>{asked}; exit 0')
+    for kind in ("dev", "main", "dev"):
+        assert set_up(tmp_path / "venv", kind, python).returncode == 0
+    assert len(asked.read_text().splitlines()) == 1
+    (tmp_path / "venv" / ".ready-dev").unlink()
+    for kind in ("main", "main", "dev"):
+        assert set_up(tmp_path / "venv", kind, python).returncode == 0
+    installs = asked.read_text().splitlines()
+    assert ["requirements-dev.txt" in line for line in installs] == [True, False, True]
+
+
+def test_only_an_earlier_fine_tuning_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "flags"
+    quickstart.clear(folder)
+    (folder / "final").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"flags is there and holds no earlier fine-tuning"):
+        quickstart.clear(folder)
+    assert folder.is_dir()
+    (folder / "metrics.jsonl").write_text("")
+    quickstart.clear(folder)
+    assert not folder.exists()

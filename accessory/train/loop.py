@@ -60,15 +60,15 @@ class Hooks:
 
     ``evaluate``: numbers to log, every ``eval_every`` updates and at the end, without gradients in eval mode.
     ``blocks``: modules for block checkpointing and compilation. ``export``: tensors of the final export (default: the
-    trainable ones). ``resolved``: the configuration as YAML, kept beside every checkpoint. ``on_save``: called by rank
-    0 with the folder of the finished export (a model card, say).
+    trainable ones). ``resolved``: the configuration as YAML, kept beside every checkpoint. ``texts``: files of
+    the final export by name, over those of a checkpoint.
     """
 
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     blocks: Iterable[nn.Module] = ()
     export: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     resolved: str = ""
-    on_save: Callable[[Path], None] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -338,9 +338,8 @@ class Trainer:
         target = self.output_dir / "final"
         if self.metrics is not None:
             state = self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
-            checkpoint.write_folder(target, {"trainable.safetensors": state}, self._texts())
-            if self.hooks.on_save is not None:
-                self.hooks.on_save(target)
+            texts = {**self._texts(), **self.hooks.texts}  # with the tensors, so that no half of it is ever seen
+            checkpoint.write_folder(target, {"trainable.safetensors": state}, texts)
         return target
 
     def _resume(self, path: Path) -> int:

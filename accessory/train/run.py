@@ -76,7 +76,11 @@ def run(
     device: torch.device | str = "cpu",
     dry_run: bool = False,
 ) -> Result | None:
-    """Build, train and export; the model folder is ``<output_dir>/final``."""
+    """Build, train and export; the model folder is ``<output_dir>/final``.
+
+    Beside the model's own files it holds ``run.yaml``, the experiment as it was resolved, and ``sources.yaml``, its
+    data configuration.
+    """
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)
@@ -96,8 +100,12 @@ def run(
     hooks = Hooks(
         blocks=model.net.backbone.layers,
         export=lambda net: build.exported(net),
-        resolved=configuration.dump(config),
-        on_save=lambda final: build.write_config(final, model.config),
+        resolved=(resolved := configuration.dump(config)),
+        texts={
+            build.CONFIG_FILE: configuration.dump(model.config),
+            "run.yaml": resolved,
+            "sources.yaml": _sources(config, folder).read_text(encoding="utf-8"),
+        },
     )
     return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
 
@@ -133,9 +141,14 @@ def _match_scale(model: Model, batch: Batch) -> None:
     LOG.info("projected features scaled by %.3f", match_scale(net.aligner, net.projector, features))
 
 
-def _loader(config: RunConfig, model: Model, folder: Path, cache: Path | None) -> Loader:
+def _sources(config: RunConfig, folder: Path) -> Path:
+    """The file of ``data.sources``."""
     named = Path(config.data.sources)
-    path = named if named.is_file() else folder / named
+    return named if named.is_file() else folder / named
+
+
+def _loader(config: RunConfig, model: Model, folder: Path, cache: Path | None) -> Loader:
+    path = _sources(config, folder)
     sources = load_sources(path, cache=cache, seed=config.train.seed, size=model.config.tiling.size)
     ledger = Ledger(Path(config.train.output_dir) / "rejected.jsonl", max_rate=config.data.max_bad_rate)
     return Loader(

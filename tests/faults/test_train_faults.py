@@ -20,7 +20,7 @@ import torch
 from accessory.train import checkpoint
 from accessory.train.checkpoint import CheckpointError
 from accessory.train.config import TrainConfig
-from accessory.train.loop import train
+from accessory.train.loop import Hooks, train
 from tests.toy import ToySource, toy_model, toy_objective, weights
 
 TESTS = Path(__file__).parents[1]
@@ -133,6 +133,25 @@ def test_disk_fills_while_writing(config: TrainConfig, monkeypatch: pytest.Monke
     train(whole, ToySource(), toy_objective, replace(config, output_dir=config.output_dir + "2"))
     for key, value in weights(whole).items():
         assert torch.equal(value, weights(model)[key])
+
+
+def test_a_final_folder_is_whole_or_absent(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint._write
+
+    def write(path: Path, data: bytes) -> None:
+        if path.parent.name == ".final.partial" and path.name == "run.yaml":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    hooks = Hooks(texts={"config.yaml": "a: 1\n", "run.yaml": "b: 2\n"})
+    with pytest.raises(CheckpointError, match="final: the disk is full"):
+        train(toy_model(), ToySource(), toy_objective, config, hooks=hooks)
+    assert {p.name for p in Path(config.output_dir).iterdir()} == {"step-000004", "step-000006", "metrics.jsonl"}
+    monkeypatch.undo()
+    final = train(toy_model(), ToySource(), toy_objective, config, resume="auto", hooks=hooks).final
+    assert final is not None
+    assert {p.name for p in final.iterdir()} == {"config.yaml", "run.yaml", "trainable.safetensors", "versions.json"}
 
 
 @pytest.mark.parametrize("moment", ["rename", "marker"])

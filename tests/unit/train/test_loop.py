@@ -138,8 +138,7 @@ def test_metrics_row(config: TrainConfig) -> None:
 
 
 def test_checkpoint_contents_pruning_and_export(config: TrainConfig) -> None:
-    seen: list[Path] = []
-    hooks = Hooks(resolved="train: {}\n", on_save=seen.append)
+    hooks = Hooks(resolved="train: {}\n", texts={"config.yaml": "model: {}\n", "run.yaml": "train: {}\n"})
     result = train(toy_model(), ToySource(), toy_objective, config, hooks=hooks)
     root = Path(config.output_dir)
     assert [p.name for p in checkpoint.complete(root)] == ["step-000004", "step-000006"]
@@ -148,7 +147,10 @@ def test_checkpoint_contents_pruning_and_export(config: TrainConfig) -> None:
     assert {p.name for p in result.checkpoint.iterdir()} == names
     assert (result.checkpoint / "config.yaml").read_text() == "train: {}\n"
     assert json.loads((result.checkpoint / "versions.json").read_text())["torch"]
-    assert result.final == root / "final" == seen[0]
+    assert result.final == root / "final"
+    own = {p.name: p.read_text() for p in result.final.iterdir() if p.suffix == ".yaml"}
+    assert own == {"config.yaml": "model: {}\n", "run.yaml": "train: {}\n"}
+    assert (result.final / "versions.json").is_file()
     exported = load_file(result.final / "trainable.safetensors")
     assert equal(exported, load_file(result.checkpoint / "trainable.safetensors"))
     assert "frozen.weight" not in exported

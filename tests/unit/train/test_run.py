@@ -32,6 +32,9 @@ def test_a_run_ends_in_a_folder_that_is_the_trained_model(tmp_path: Path, monkey
     assert result is not None
     assert result.final == tmp_path / "run" / "final"
     assert set(result.row) > {"loss", "language", "align", "aligned_right"}
+    assert "align:" in (result.final / "run.yaml").read_text()
+    assert "max_steps: 2" in (result.final / "run.yaml").read_text()
+    assert (result.final / "sources.yaml").read_text() == (tmp_path / "data.yaml").read_text()
     state = load_file(result.final / build.WEIGHTS_FILE)
     assert not [k for k in state if k.startswith("aligner")]  # training's own
     loaded = build.load(result.final)

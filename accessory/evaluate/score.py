@@ -117,8 +117,8 @@ def answers(model: Model, samples: Sequence[Sample], max_new_tokens: int = MAX_N
 
 def prompts(model: Model, rows: Sequence[Encoded]) -> Iterator[Tensor]:
     """Input vectors (T, D) of every row; the tiles of all rows are encoded together."""
-    if model.net.projector is None and model.net.tower is not None:
-        raise ValueError("scores of models that see through a visual prefix alone are not supported yet")
+    if model.net.resampler is not None:  # its prefix would be missing, and the score another model's
+        raise ValueError("scores of models that see through a visual prefix (resampler) are not supported yet")
     tiles = torch.cat([r.tiles for r in rows])
     features = model.net.encode(tiles) if model.net.projector is not None and len(tiles) else None
     at = 0

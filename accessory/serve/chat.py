@@ -93,6 +93,8 @@ class Chat:
         """As :meth:`ask`, for a turn already made, with notices among the pieces."""
         if turn.pictures and self.model.net.projector is None:
             raise ValueError("this model takes no pictures in a chat: it has no projector that splices them in")
+        if turn.pictures and self.model.net.resampler is not None:
+            raise ValueError("this model takes no pictures in a chat: it also sees through a visual prefix (resampler)")
         with self._lock:
             self._settle()
             sampling = self._with_stops(sampling or self.sampling)

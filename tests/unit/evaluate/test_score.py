@@ -10,7 +10,8 @@ import torch
 from accessory.evaluate import score as scoring
 from accessory.evaluate.retrieval import nearest_accuracy
 from accessory.evaluate.score import ScoreRow, answers, prompts, score
-from accessory.models.build import Model
+from accessory.models.build import Model, ProjectorConfig, ResamplerConfig
+from accessory.peft.attach import PrefixSpec, TrainSpec
 from accessory.schema import Sample
 from tests.unit.evaluate.asked import asked, stand_in
 from tests.unit.models.pictured import model
@@ -123,3 +124,15 @@ def test_nearest_neighbour_ignores_a_constant_offset() -> None:
     assert nearest_accuracy([drawn], queries) == 1
     assert nearest_accuracy([torch.randn(20, 8), drawn + 3], queries) == 1
     assert nearest_accuracy([drawn], queries.roll(1, 0)) == 0
+
+
+def test_a_visual_prefix_is_never_left_out_of_a_score(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, 3)
+    resampler = ResamplerConfig(length=3, width=16, depth=1, heads=2)
+    tuning = (PrefixSpec(length=3), TrainSpec(("backbone.*", "tower.*", "resampler.*")))
+    for projector in (None, ProjectorConfig("linear_norm")):
+        both = model(tmp_path_factory.mktemp("seen"), resampler=resampler, projector=projector, tuning=tuning)
+        with pytest.raises(ValueError, match="visual prefix .* not supported yet"):
+            score(both, "any")

@@ -151,8 +151,14 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
     if said := [n for n in names if getattr(config, n) not in (getattr(plain, n), getattr(resolved, n))]:
         raise ValueError(f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning is named")
     if config.tuning:
-        kinds = {spec.kind for spec in config.tuning} & {"lora", "scale"}
-        if any(spec.kind in kinds for spec in attached(base.net)):
+        kinds, there = {spec.kind for spec in config.tuning}, {spec.kind for spec in attached(base.net)}
+        for kind in sorted(kinds & there & {"prefix", "bias"}):  # these cannot be folded into a weight
+            way = f'{{kind: train, patterns: ["backbone.*.{kind}{".*" if kind == "prefix" else ""}"]}}'
+            raise ValueError(
+                f"model.base {config.base} already has a {kind}, and there is room for one; to train that one further, "
+                f"write {way} in model.tuning in place of kind {kind}"
+            )
+        if kinds & there & {"lora", "scale"}:
             merge(base.net)  # a linear holds one delta: the base's own is folded into its weight
         attach(base.net, config.tuning, dtype=torch.float32)
     base.net.requires_grad_(False) if not train else _promote(base.net)

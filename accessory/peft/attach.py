@@ -250,15 +250,13 @@ def detach(model: nn.Module, specs: Sequence[TuningSpec] | None = None) -> None:
 def merge(model: nn.Module) -> float:
     """Fold LoRA and scales into the weights of the backbone; returns the largest relative difference of any layer.
 
-    Each layer is compared on a fixed random input before and after. Added biases stay (they are ordinary biases then).
+    Each layer is compared on a fixed random input before and after. Added biases stay (they are ordinary biases then),
+    and so do prefixes: their tokens go through the folded wk and wv, which compute what they did.
 
     Raises:
-        ValueError: when a prefix is attached (attention to a prefix is no linear map), or a layer would compute
-            something else. Nothing is changed then.
+        ValueError: when a layer would compute something else. Nothing is changed then.
     """
     backbone = find_backbone(model)
-    if any(attention.prefix is not None for attention in _attentions(backbone)):
-        raise ValueError("a zero-init prefix cannot be folded into weights; detach it, or keep the model unmerged")
     full = [(name, linear) for name, linear in slotted(backbone) if not (linear.delta is None and linear.scale is None)]
     for name, linear in full:
         error, limit = lora.folding_error(linear), lora.TOLERANCE[linear.weight.dtype]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from accessory import config as configuration
 from accessory.data.tiling import TilingConfig
 from accessory.models import build
 from accessory.models.build import Model, ModelConfig, ProjectorConfig, ResamplerConfig
@@ -169,6 +172,43 @@ def test_lora_on_lora_folds_the_base(tmp_path: Path, base: Path) -> None:
     assert (moved - wanted).abs().max() > 1e-3
     build.save(made, tmp_path / "top")
     assert torch.equal(outputs(build.load(tmp_path / "top")), moved)
+
+
+@pytest.fixture
+def prefixed(tmp_path: Path, base: Path) -> Path:
+    """A prefix and biases, moved, on the base with its LoRA."""
+    made = build.build(ModelConfig(base=str(base), tuning=(*SPECS["prefix"], *SPECS["bias"])), train=True)
+    disturb(made.net)
+    build.save(made, tmp_path / "prefixed")
+    return tmp_path / "prefixed"
+
+
+def test_lora_goes_on_a_base_with_lora_and_prefix(tmp_path: Path, prefixed: Path) -> None:
+    wanted = outputs(build.load(prefixed))
+    made = build.build(ModelConfig(base=str(prefixed), tuning=SPECS["lora"]), train=True)
+    torch.testing.assert_close(outputs(made), wanted, rtol=1e-3, atol=1e-4)
+    assert all(".delta." in n for n in trainable_state(made.net))
+    disturb(made.net)
+    moved = outputs(made)
+    assert (moved - wanted).abs().max() > 1e-3
+    build.save(made, tmp_path / "top")
+    assert torch.equal(outputs(build.load(tmp_path / "top")), moved)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "bias"])
+def test_a_second_prefix_or_bias_names_the_way_to_train_the_first(tmp_path: Path, prefixed: Path, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"already has a {kind}") as caught:
+        build.build(ModelConfig(base=str(prefixed), tuning=SPECS[kind]), train=True)
+    named = re.search(r"write (\{.*\}) in model.tuning", str(caught.value))
+    assert named is not None
+    tree = {"base": str(prefixed), "tuning": [yaml.safe_load(named[1])]}
+    made = build.build(configuration.build(tree, ModelConfig), train=True)
+    trained = trainable_state(made.net)
+    assert trained
+    assert all(f".{kind}" in n and n.startswith("backbone.") for n in trained)
+    disturb(made.net)
+    build.save(made, tmp_path / "top")
+    assert torch.equal(outputs(build.load(tmp_path / "top")), outputs(made))
 
 
 def test_a_base_brings_its_own_settings(base: Path, tmp_path: Path) -> None:

@@ -67,8 +67,12 @@ def save(output_dir: str | Path, step: int, checkpoint: Checkpoint) -> Path:
     tensors = {"trainable.safetensors": checkpoint.trainable, "optimizer.safetensors": checkpoint.optimizer}
     texts = {**checkpoint.texts, "state.json": json.dumps(checkpoint.state)}
     write_folder(target, tensors, texts)
-    _write(target / MARKER, f"{step}\n".encode())
-    _sync_folder(target)
+    try:
+        _write(target / MARKER, f"{step}\n".encode())
+        _sync_folder(target)
+    except OSError as error:
+        (target / MARKER).unlink(missing_ok=True)
+        raise _failure(target, error) from error
     return target
 
 
@@ -97,10 +101,14 @@ def write_folder(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], text
         _sync_folder(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(hidden, ignore_errors=True)
-        codes = (errno.ENOSPC, errno.EDQUOT)
-        full = (isinstance(error, OSError) and error.errno in codes) or "No space" in str(error)
-        why = "the disk is full" if full else str(error)
-        raise CheckpointError(f"cannot write {target}: {why}. Earlier checkpoints are untouched.") from error
+        raise _failure(target, error) from error
+
+
+def _failure(target: Path, error: Exception) -> CheckpointError:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    full = (isinstance(error, OSError) and error.errno in codes) or "No space" in str(error)
+    why = "the disk is full" if full else str(error)
+    return CheckpointError(f"cannot write {target}: {why}. Earlier checkpoints are untouched.")
 
 
 def _check_space(root: Path, tensors: Mapping[str, Mapping[str, Tensor]], target: Path) -> None:

@@ -2,8 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+_FIXED = ("model", "objective", "data", "train.seed", "train.accumulation", "train.batch_size")
+_FREE = ("data.workers", "data.max_bad_rate")  # batches are the same whatever they are
+
+
+def changes(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted path and both values wherever two trees of plain values differ.
+
+    A name that only one of them has is passed over: it came or went with another version of the program.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() & now.keys():
+            yield from changes(before[key], now[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (a, b) in enumerate(zip(before, now, strict=True)):
+            yield from changes(a, b, f"{path}.{i}")
+    elif before != now:
+        yield path, before, now
+
+
+def check_resumed(before: Any, now: Any, name: str) -> list[str]:
+    """What a resumed run may have other than its checkpoint ``name``: ``path: old, now new`` for each.
+
+    Raises:
+        ValueError: when what the numbers of the checkpoint stand for has changed: the model, the objective, the data
+            or how a step draws from them.
+    """
+    found = sorted(changes(before, now), key=lambda c: c[0])
+    said = {path: f"{path}: {a!r} then, {b!r} now" for path, a, b in found}
+    bad = [s for p, s in said.items() if _under(p, _FIXED) and not _under(p, _FREE)]
+    if bad:
+        raise ValueError(
+            f"{name} belongs to another configuration; choose another output_dir or undo: {'; '.join(bad)}"
+        )
+    return list(said.values())
+
+
+def _under(path: str, names: tuple[str, ...]) -> bool:
+    return any(path == n or path.startswith(n + ".") for n in names)
 
 
 @dataclass(frozen=True)
@@ -29,7 +69,7 @@ class TrainConfig:
     ``batch_size`` counts samples of one micro-batch on one rank; an update sees ``batch_size x accumulation x ranks``.
     ``schedule_by='time'`` lets the cosine follow the wall clock, so that a run with a fixed time budget ends with a
     cooled-down learning rate whatever the machine's speed. ``clip_norm`` None does not clip; ``threads`` None leaves
-    torch's choice; ``eval_every`` None evaluates only at the end; ``log_every`` and the others count updates.
+    torch's choice; ``log_every`` and ``checkpoint_every`` count updates.
     """
 
     output_dir: str
@@ -47,7 +87,6 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     log_every: int = 10
-    eval_every: int | None = None
     seed: int = 0
     compile: bool = False
     block_checkpointing: bool = False
@@ -58,7 +97,7 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        counts = ("max_steps", "batch_size", "accumulation", "checkpoint_every", "keep_last", "log_every", "eval_every")
+        counts = ("max_steps", "batch_size", "accumulation", "checkpoint_every", "keep_last", "log_every")
         for name in (*counts, "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -20,7 +20,7 @@ from accessory.parallel import groups
 from accessory.schema import Batch
 from accessory.train import blocks as block_tools
 from accessory.train import checkpoint, rng
-from accessory.train.config import TrainConfig
+from accessory.train.config import TrainConfig, check_resumed
 from accessory.train.metrics import Metrics, Window
 from accessory.train.optim import Optimizer, check_names, learning_rate
 from accessory.train.signals import Interrupts
@@ -58,13 +58,11 @@ class Result:
 class Hooks:
     """What the loop calls but does not know.
 
-    ``evaluate``: numbers to log, every ``eval_every`` updates and at the end, without gradients in eval mode.
     ``blocks``: modules for block checkpointing and compilation. ``export``: tensors of the final export (default: the
     trainable ones). ``resolved``: the configuration as YAML, kept beside every checkpoint. ``texts``: files of
     the final export by name, over those of a checkpoint.
     """
 
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     blocks: Iterable[nn.Module] = ()
     export: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     resolved: str = ""
@@ -155,8 +153,6 @@ class Trainer:
                     if reason is not None:
                         return self._finish(reason)
                     self._update(elapsed)
-                    if self.config.eval_every is not None and self.step % self.config.eval_every == 0:
-                        self._evaluate()
                     if self.step % self.config.checkpoint_every == 0:
                         self._save()
         finally:
@@ -181,10 +177,6 @@ class Trainer:
 
     def _finish(self, reason: str) -> Result:
         ended = reason in ("steps", "time")
-        if ended and self.hooks.evaluate is not None:
-            every = self.config.eval_every
-            if every is None or self.step % every:
-                self._evaluate()
         path = self._save()
         final = self._export() if ended else None
         if self.metrics is not None:
@@ -288,17 +280,6 @@ class Trainer:
             left = min(left, self.config.max_seconds - elapsed)
         self.metrics.show(self.row, left)
 
-    def _evaluate(self) -> None:
-        if self.hooks.evaluate is None:
-            return
-        self.model.eval()
-        with torch.no_grad(), self._precision():
-            found = {f"eval/{k}": float(v) for k, v in self.hooks.evaluate(self.model).items()}
-        self.model.train()
-        if self.metrics is not None:
-            self.metrics.write({"step": self.step, **found})
-            self.metrics.say(f"step {self.step} " + " ".join(f"{k} {v:.4f}" for k, v in found.items()))
-
     def trainable(self) -> dict[str, Tensor]:
         """What training changes, by parameter name: fp32 masters and the running statistics of trained norms."""
         return {**self.optimizer.masters, **self.buffers}
@@ -309,26 +290,32 @@ class Trainer:
         if self.saved == target:
             return target
         ranks = groups.gather_objects({"data": self.source.state_dict(), "rng": rng.state()})
-        error: str | None = None
-        if self.metrics is not None:
-            state = {
-                "step": self.step,
-                "elapsed": self.clock.elapsed,
-                "history": self.metrics.position,
-                "window": self.window.state(),
-                "ranks": ranks,
-            }
-            content = checkpoint.Checkpoint(self.trainable(), self.optimizer.state(), state, self._texts())
-            try:
+        with self._together():
+            if self.metrics is not None:
+                state = {
+                    "step": self.step,
+                    "elapsed": self.clock.elapsed,
+                    "history": self.metrics.position,
+                    "window": self.window.state(),
+                    "ranks": ranks,
+                }
+                content = checkpoint.Checkpoint(self.trainable(), self.optimizer.state(), state, self._texts())
                 checkpoint.save(self.output_dir, self.step, content)
                 checkpoint.prune(self.output_dir, self.config.keep_last)
-            except checkpoint.CheckpointError as failure:
-                error = str(failure)
+        self.saved = target
+        return target
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What goes wrong on rank 0 is raised on every rank: one that went on alone would wait for ever."""
+        error: str | None = None
+        try:
+            yield
+        except (checkpoint.CheckpointError, OSError) as failure:
+            error = str(failure)
         failed = groups.gather_objects(error)[0]
         if failed:
             raise checkpoint.CheckpointError(failed)
-        self.saved = target
-        return target
 
     def _texts(self) -> dict[str, str]:
         return {"config.yaml": self.hooks.resolved or configs.dump(self.config), "versions.json": self.versions}
@@ -336,15 +323,17 @@ class Trainer:
     def _export(self) -> Path:
         """``final/``: the trainable part alone, with its configuration."""
         target = self.output_dir / "final"
-        if self.metrics is not None:
-            state = self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
-            texts = {**self._texts(), **self.hooks.texts}  # with the tensors, so that no half of it is ever seen
-            checkpoint.write_folder(target, {"trainable.safetensors": state}, texts)
+        with self._together():
+            if self.metrics is not None:
+                state = self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
+                texts = {**self._texts(), **self.hooks.texts}  # with the tensors, so that no half of it is ever seen
+                checkpoint.write_folder(target, {"trainable.safetensors": state}, texts)
         return target
 
     def _resume(self, path: Path) -> int:
         """Take everything from a checkpoint. Returns the length of metrics.jsonl at that time."""
         content = checkpoint.load(path)
+        self._compare(path)
         own = self.trainable()
         check_names(content.trainable, own, f"{path}/trainable.safetensors")
         ranks = content.state["ranks"]
@@ -368,6 +357,15 @@ class Trainer:
         self.window = Window(**content.state["window"])
         rng.restore(mine["rng"])
         return int(content.state["history"])
+
+    def _compare(self, path: Path) -> None:
+        """Refuse a checkpoint of another model or other data; say what else is no longer as it was."""
+        kept = path / "config.yaml"
+        if not self.hooks.resolved or not kept.is_file():
+            return
+        before = configs.parse(kept.read_text(encoding="utf-8"), str(kept))
+        for line in check_resumed(before, configs.parse(self.hooks.resolved), str(path)):
+            LOG.info("changed since the checkpoint: %s", line)
 
 
 def _trained_buffers(model: nn.Module) -> dict[str, Tensor]:

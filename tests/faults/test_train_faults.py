@@ -135,6 +135,26 @@ def test_disk_fills_while_writing(config: TrainConfig, monkeypatch: pytest.Monke
         assert torch.equal(value, weights(model)[key])
 
 
+@pytest.mark.parametrize("what", ["marker", "prune"])
+def test_late_failures_of_the_disk_are_told_like_early_ones(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    real = checkpoint._write
+
+    def write(path: Path, data: bytes) -> None:
+        real(path, data)
+        if path.name == "COMPLETE" and "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def prune(*_: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(checkpoint, *(("_write", write) if what == "marker" else ("prune", prune)))
+    with pytest.raises(CheckpointError, match="step-000004: the disk is full" if what == "marker" else "not yours"):
+        train(toy_model(), ToySource(), toy_objective, config)
+    assert checkpoint.latest(config.output_dir) == checkpoint.folder(config.output_dir, 2)
+
+
 def test_a_final_folder_is_whole_or_absent(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real = checkpoint._write
 

@@ -114,6 +114,32 @@ def test_resume_matters(config: TrainConfig, tmp_path: Path) -> None:
         assert not equal(weights(run(other, "auto")), weights(whole)), lost
 
 
+def test_a_checkpoint_of_another_configuration_is_refused(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(text: str, steps: int, resume: str | None) -> int:
+        own = replace(config, max_steps=steps)
+        return train(toy_model(), ToySource(), toy_objective, own, resume=resume, hooks=Hooks(resolved=text)).step
+
+    text = "model: {grid: [{size: 1}]}\ndata: {window: 1, workers: 0}\ntrain: {seed: 3, lr: 1, gone: 7}\n"
+    start(text, 2, None)
+    for old, new, said in (
+        ("size: 1", "size: 2", r"step-000002 belongs .*model\.grid\.0\.size: 1 then, 2 now"),
+        ("window: 1", "window: 4", "data.window: 1 then, 4 now"),
+        ("seed: 3", "seed: 4", "train.seed: 3 then, 4 now"),
+        ("[{size: 1}]", "[]", "model.grid: "),
+    ):
+        with pytest.raises(ValueError, match=said):
+            start(text.replace(old, new), 4, "auto")
+    with caplog.at_level("INFO", logger="accessory"):
+        free = text.replace("lr: 1", "lr: 2").replace("workers: 0", "workers: 2").replace("gone: 7", "come: 8")
+        assert start(free, 4, "auto") == 4
+    assert "train.lr: 1 then, 2 now" in caplog.text
+    assert "data.workers: 0 then, 2 now" in caplog.text
+    assert "gone" not in caplog.text
+    assert "come" not in caplog.text
+
+
 def test_lines_after_the_resumed_checkpoint_are_cut(config: TrainConfig) -> None:
     run(config)
     before = rows(config)
@@ -195,20 +221,6 @@ def test_time_budget(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> No
     assert rates[-1] < 0.01 * timed.lr
     assert rates == sorted(rates, reverse=True)
     assert result.final is not None
-
-
-def test_evaluation_is_logged_in_eval_mode(config: TrainConfig) -> None:
-    modes: list[bool] = []
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        modes.append(model.training or torch.is_grad_enabled())
-        return {"score": 0.5}
-
-    model = toy_model()
-    train(model, ToySource(), toy_objective, replace(config, eval_every=4), hooks=Hooks(evaluate=evaluate))
-    assert modes == [False, False]  # at 4 and at the end
-    assert [r["step"] for r in rows(config) if "eval/score" in r] == [4, 6]
-    assert model.training
 
 
 def test_epochs_go_round_and_an_empty_source_is_a_mistake(config: TrainConfig) -> None:

@@ -9,7 +9,22 @@ bash exps/setup.sh
 PATH="${ACCESSORY_VENV:-$PWD/.venv}/bin:$PATH"
 python -m accessory fetch
 launch=(python -m accessory)
-if [ "${NPROC:-1}" -gt 1 ]; then launch=(torchrun --nproc-per-node "$NPROC" -m accessory); fi
-[ -d runs/nano_align/final ] || "${launch[@]}" train exps/nano_align.yaml --resume auto
+if [ "${NPROC:-1}" -gt 1 ]; then launch=(torchrun --standalone --nproc-per-node "$NPROC" -m accessory); fi
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}  # seconds to save in after a SIGTERM
+
+# A stage that was told to stop has saved and ended well, but without the model that the next one needs.
+finished() {
+    if [ ! -d "$1" ]; then
+        echo "error: $1 is not there: its stage was stopped; run this script again to continue it" >&2
+        exit 1
+    fi
+}
+
+align=runs/nano_align/final
+[ -d "$align" ] || "${launch[@]}" train exps/nano_align.yaml --resume auto
+finished "$align"
+out=runs/nano_sphinx
+for word in "$@"; do case $word in train.output_dir=*) out=${word#*=} ;; esac; done
 "${launch[@]}" train exps/nano_sphinx.yaml --resume auto "$@"
-python -m accessory evaluate --model runs/nano_sphinx/final --controls none shuffled blind --retrieval
+finished "$out/final"
+python -m accessory evaluate --model "$out/final" --controls none shuffled blind --retrieval

@@ -15,7 +15,16 @@ from tests.unit.train.squares import write_squares
 
 
 def start(experiment: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "accessory", "train", str(experiment), "data.workers=2", "train.log_every=1", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "accessory",
+        "train",
+        str(experiment),
+        "data.workers=2",
+        "train.log_every=1",
+        *more,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
 

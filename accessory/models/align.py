@@ -16,17 +16,17 @@ class Aligner(nn.Module):
     learns to read pictures from few samples. (LiT, Zhai et al. 2022, with the embedding table as the text tower.)
 
     Names that share words have class vectors close together, which teaches a tower slowly; a free linear ``head`` over
-    its pooled tokens (C channels) beside it teaches it fast.
+    its pooled tokens (C channels) beside it teaches it fast; ``free_head`` False leaves it out.
     """
 
     classes: Tensor
     centre: Tensor
     spread: Tensor
 
-    def __init__(self, num_classes: int, dim: int, width: int) -> None:
+    def __init__(self, num_classes: int, dim: int, width: int, *, free_head: bool = True) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(30.0)))
-        self.head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(width, num_classes) if free_head else None
         self.register_buffer("classes", torch.zeros(num_classes, dim), persistent=False)
         self.register_buffer("centre", torch.zeros(dim), persistent=False)
         self.register_buffer("spread", torch.ones(()), persistent=False)
@@ -53,16 +53,17 @@ class Aligner(nn.Module):
         """Class index of every answer, -100 for one that is not on the list."""
         return torch.tensor([self.index.get(tuple(a), -100) for a in answers], device=self.classes.device)
 
-    def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Class scores (N, num_classes) of projected features (N, P, D), and of tower tokens (N, P, C) by the head."""
+    def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Class scores (N, num_classes) of projected features (N, P, D), then of tower tokens (N, P, C) by the head
+        where there is one."""
         pooled = features.float().mean(1) - self.centre
         scores = F.normalize(pooled, dim=-1) @ self.classes.T * self.log_scale.exp().clamp(max=100.0)
-        return scores, self.head(tokens.float().mean(1))
+        return (scores,) if self.head is None else (scores, self.head(tokens.float().mean(1)))
 
 
 @torch.no_grad()
 def match_scale(aligner: Aligner, projector: nn.Module, features: Tensor) -> float:
-    """Shrink or stretch the projector's output about the mean token embedding to the spread of token embeddings.
+    """Shrink or stretch the projector's output about the mean of the answers to the spread of token embeddings.
 
     Alignment leaves the length of features free, and they grow to many times that of a word; a language model that
     is then trained on them first pulls the projector apart. Directions about the centre, and so every alignment score,

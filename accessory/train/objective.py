@@ -33,16 +33,17 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Classify a row's first picture among all emoji names, for rows of ``source`` (None: of any; a drawn word, or one thing among
-    several in a scene, may have such an answer too, and the whole picture must not be drawn to it).
+    """Classify a row's first picture among all emoji names, for rows of ``source`` (``NAME/SPLIT`` or the label of a
+    file; None: of any). A drawn word, or one thing among several in a scene, may have such an answer too, and the whole
+    picture must not be drawn to it.
 
     ``free_head`` adds the loss of a linear head over the tower's tokens, which teaches a tower fast from the start; it
     is fresh in every run, so a run that goes on from a trained tower leaves it out.
     """
 
+    source: str | None
     weight: float = 1.0
     smoothing: float = 0.0
-    source: str | None = "emoji-names/train"
     free_head: bool = True
 
 
@@ -78,7 +79,8 @@ class DialogueObjective:
         table = net.backbone.tok_embeddings.weight
         if net.tower is None:
             raise ValueError("objective.align needs a model with a tower")
-        net.aligner = Aligner(len(names), table.shape[1], net.tower.groups[0].width).to(table.device)
+        width, free = net.tower.groups[0].width, self.config.align.free_head
+        net.aligner = Aligner(len(names), table.shape[1], width, free_head=free).to(table.device)
         net.aligner.set_answers(names, table.detach())
 
     def __call__(self, model: MLLM, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]:
@@ -124,9 +126,8 @@ class DialogueObjective:
         use = target != IGNORE
         if not bool(use.any()):
             return features.float().sum() * 0, 0, 0
-        scores, free = net.aligner(features[first[use]], tokens[first[use]])
-        smoothing = self.config.align.smoothing
-        heads = (scores, free) if self.config.align.free_head else (scores,)
+        heads = net.aligner(features[first[use]], tokens[first[use]])
+        scores, smoothing = heads[0], self.config.align.smoothing
         parts = [F.cross_entropy(s, target[use], label_smoothing=smoothing) for s in heads]
         loss = torch.stack(parts).mean()
         return loss, int(use.sum()), int((scores.argmax(-1) == target[use]).sum())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory import config as configuration
 from accessory.data.emoji import Concept, concepts
 from accessory.models.build import Model
 from accessory.schema import Sample
@@ -109,6 +110,20 @@ def test_the_first_picture_of_named_rows_is_aligned(made: Model, monkeypatch: py
     wanted = sum(F.cross_entropy(s, torch.tensor([1, 2])) for s in scores)  # mean of two heads, sum of two rows
     assert float(total) == pytest.approx(float(wanted), rel=1e-4)
     assert int(metrics["aligned_right"]) == int((scores[0].argmax(-1) == torch.tensor([1, 2])).sum())
+
+
+@pytest.mark.usefixtures("named")
+def test_a_free_head_is_there_only_where_it_is_asked_for(made: Model) -> None:
+    found = aligned(made, language=0.0, align=AlignConfig(source=None, free_head=False))
+    assert made.net.aligner is not None
+    assert [n for n, _ in made.net.aligner.named_parameters()] == ["log_scale"]
+    b = batch(made, rows())
+    total, _, _ = found(made.net, b)
+    (scores,) = made.net.aligner(made.net.encode(b.tiles)[[0, 5]], torch.zeros(2, 1, 1))
+    wanted = F.cross_entropy(scores, torch.tensor([1, 2]), reduction="sum")
+    torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"align\.source: is missing"):
+        configuration.build({"align": {}}, ObjectiveConfig)
 
 
 @pytest.mark.usefixtures("named")

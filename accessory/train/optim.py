@@ -165,10 +165,15 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> dict
         if group is not None:
             own = decay if group.weight_decay is None else group.weight_decay
             key = (group.pattern, group.lr_scale, own)
-        unused -= {g.pattern for g in config.groups if fnmatch.fnmatchcase(name, g.pattern)}
+            unused.discard(group.pattern)
         out.setdefault(key, []).append(name)
     if unused:
         bad = sorted(unused)[0]
+        if taken := fnmatch.filter(parameters, bad):
+            raise ValueError(
+                f"group pattern {bad!r} matches nothing that an earlier group left ({len(taken)} parameters are taken, "
+                f"{taken[0]} first); put the narrower pattern first"
+            )
         near = difflib.get_close_matches(bad, list(parameters), n=3, cutoff=0.0)
         raise ValueError(f"group pattern {bad!r} matches no trainable parameter; close names are {', '.join(near)}")
     return out

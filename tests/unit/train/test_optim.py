@@ -29,13 +29,14 @@ def test_what_decays() -> None:
 
 
 def test_groups_by_pattern_first_match_wins() -> None:
-    groups = (GroupConfig("projector.*", 10.0), GroupConfig("p*.bias", 7.0), GroupConfig("embed.*", 0.5, 0.0))
+    groups = (GroupConfig("projector.*", 10.0), GroupConfig("*.bias", 7.0), GroupConfig("embed.*", 0.5, 0.0))
     optimizer = Optimizer(toy_model(), replace(CONFIG, groups=groups))
     assert optimizer.groups == {
         ("embed.*", 0.5, 0.0): ["embed.weight"],
         ("projector.*", 10.0, 0.5): ["projector.weight"],
         ("projector.*", 10.0, 0.0): ["projector.bias"],
-        ("main", 1.0, 0.0): ["norm.weight", "norm.bias", "output.bias"],
+        ("*.bias", 7.0, 0.0): ["norm.bias", "output.bias"],
+        ("main", 1.0, 0.0): ["norm.weight"],
         ("main", 1.0, 0.5): ["output.weight"],
     }
 
@@ -43,6 +44,12 @@ def test_groups_by_pattern_first_match_wins() -> None:
 def test_a_pattern_without_a_match_is_a_mistake() -> None:
     with pytest.raises(ValueError, match=r"'projektor\.\*' matches no trainable parameter; close names are projector"):
         Optimizer(toy_model(), replace(CONFIG, groups=(GroupConfig("projektor.*"),)))
+    hidden = (GroupConfig("projector.*"), GroupConfig("p*.bias", 7.0))
+    with pytest.raises(
+        ValueError, match=r"'p\*\.bias' matches nothing that an earlier group left \(1 param.*projector"
+    ):
+        Optimizer(toy_model(), replace(CONFIG, groups=hidden))
+    assert len(Optimizer(toy_model(), replace(CONFIG, groups=hidden[::-1])).groups) == 4
     with pytest.raises(ValueError, match="no trainable parameter"):
         Optimizer(toy_model().requires_grad_(False), CONFIG)
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(parser, arguments)
     try:
         return int(module.main(args))
-    except (ValueError, AssetError) as error:
+    except (ValueError, AssetError, OSError) as error:
         if args.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

@@ -39,6 +39,7 @@ class Mixture:
         self.sources = tuple(sources)
         self.seed = seed
         self.quotas = _quotas([s.weight for s in sources])
+        self._facts = [_identity(s) for s in sources]  # now: a file may be gone when the next state is taken
         self._epochs: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
         self._block: tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
 
@@ -73,9 +74,18 @@ class Mixture:
         return kept[1]
 
     def fingerprint(self) -> str:
-        """Changes with whatever would make draw k another row: seed, sources, lengths, shares."""
-        facts = [self.seed, [(s.name, len(s), q) for s, q in zip(self.sources, self.quotas)]]
+        """Changes with whatever would make draw k another row: seed, sources, lengths, shares, not folders."""
+        facts = [self.seed, [(*f, len(s), q) for f, s, q in zip(self._facts, self.sources, self.quotas, strict=True)]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _identity(source: Source) -> tuple[str | int, ...]:
+    """What a source is whatever folder the run starts in: its name, or a file's own name, and the size of the file."""
+    path = getattr(getattr(source, "config", None), "path", None)
+    if path is None:
+        return (source.name,)
+    file = Path(path)
+    return (file.name if source.name == path else source.name, file.stat().st_size)
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:

@@ -1,6 +1,7 @@
 """Draw k depends on the seed and k alone; batches do not depend on workers; resuming is exact."""
 
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from accessory.data.encode import Encoder
 from accessory.data.loader import Loader, loader
 from accessory.data.mixture import BLOCK, Ledger, Mixture, Stream
 from accessory.data.rows import RowRejected
+from accessory.data.sources import SourceConfig, open_source
 from accessory.data.template import get
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
@@ -110,6 +112,19 @@ def test_changed_data_is_refused_on_resume(mixture: Mixture) -> None:
     for other in (Mixture(mixture.sources, seed=6), Mixture([Rows("a", 51, 3.0), *mixture.sources[1:]], seed=5)):
         with pytest.raises(ValueError, match="data changed"):
             Stream(other).load_state_dict(state)
+
+
+def test_files_are_known_by_name_and_size(tmp_path: Path) -> None:
+    def mixture_of(folder: Path, answer: str) -> Mixture:
+        folder.mkdir(exist_ok=True)
+        row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]}
+        (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        return Mixture([open_source(SourceConfig("messages", path=str(folder / "rows.jsonl")))])
+
+    state = Stream(mixture_of(tmp_path / "a", "one")).state_dict()
+    Stream(mixture_of(tmp_path / "moved", "one")).load_state_dict(state)
+    with pytest.raises(ValueError, match="data changed"):
+        Stream(mixture_of(tmp_path / "a", "eleven")).load_state_dict(state)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(mixture: Mixture, encoder: Encoder) -> None:

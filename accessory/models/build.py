@@ -6,18 +6,19 @@ assets or folders that are named there. Base weights are never copied into it.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from accessory import config as configuration
-from accessory.backbone.gguf import cached_gguf
+from accessory.backbone.gguf import cached_gguf, single_file
 from accessory.backbone.llama import Llama, LlamaConfig
-from accessory.backbone.store import atomic_folder
+from accessory.backbone.store import atomic_folder, read_file
 from accessory.backbone.weights import load_backbone
 from accessory.data import assets, template, tokenizer
 from accessory.data.encode import Encoder
@@ -80,7 +81,8 @@ class ModelConfig:
     ``base`` names a model folder that this one stands on: everything but ``tuning`` is that model's, with its trained
     tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
     slot, LoRA and scales are folded into the weights first. A path that is not found from the working directory counts
-    from the checkout.
+    from the checkout. ``base_sha256``, filled when the model is built, keeps a model from being loaded on weights that
+    it was not trained on.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -92,6 +94,7 @@ class ModelConfig:
     tiling: TilingConfig = field(default_factory=lambda: TilingConfig(size=128))
     max_length: int = 1024
     base: str | None = None
+    base_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,14 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
 def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
     """The base model, frozen as it was trained, with ``tuning`` on top."""
     base = load(base_folder(config), cache=cache)
-    resolved = replace(base.config, base=config.base, tuning=config.tuning)
-    plain = replace(ModelConfig(), base=config.base, tuning=config.tuning)
+    own, digest = config.base_sha256, _digest(base_folder(config) / WEIGHTS_FILE)
+    if own not in (None, digest):
+        raise ValueError(
+            f"model.base {config.base} is not the one that this model was trained on: {WEIGHTS_FILE} has SHA-256 "
+            f"{digest}, base_sha256 is {own}"
+        )
+    resolved = replace(base.config, base=config.base, base_sha256=digest, tuning=config.tuning)
+    plain = replace(ModelConfig(), base=config.base, base_sha256=own, tuning=config.tuning)
     names = [f.name for f in fields(config)]
     if said := [n for n in names if getattr(config, n) not in (getattr(plain, n), getattr(resolved, n))]:
         raise ValueError(f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning is named")
@@ -163,6 +172,11 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
         attach(base.net, config.tuning, dtype=torch.float32)
     base.net.requires_grad_(False) if not train else _promote(base.net)
     return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_folder(config: ModelConfig) -> Path:
@@ -194,11 +208,23 @@ def _backbone(config: BackboneConfig, cache: Path | None) -> tuple[Llama, Tokeni
         words = tokenizer.load(_asset(config.tokenizer, cache))
         return Llama(config.llama).to(dtype), words
     path = _asset(config.source, cache)
-    ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("**/*.gguf")) if path.is_dir() else []
-    words = tokenizer.load(_asset(config.tokenizer, cache) if config.tokenizer else (ggufs[0] if ggufs else path))
-    if ggufs:
-        path = cached_gguf(ggufs[0], (cache or assets.default_cache()) / "prepared")
+    gguf = _gguf(path)
+    words = tokenizer.load(_asset(config.tokenizer, cache) if config.tokenizer else gguf or path)
+    if gguf is not None:
+        path = cached_gguf(gguf, (cache or assets.default_cache()) / "prepared")
     return load_backbone(path, dtype=dtype), words
+
+
+def _gguf(path: Path) -> Path | None:
+    """The GGUF file that ``path`` is or holds, None where there is none; ValueError when it holds several."""
+    if path.suffix == ".gguf" or not path.is_dir():
+        return path if path.suffix == ".gguf" else None
+    folders = sorted({file.parent for file in path.glob("**/*.gguf")})
+    if len(folders) > 1:
+        raise ValueError(
+            f"{path} holds .gguf files in {len(folders)} folders, name one: {', '.join(map(str, folders))}"
+        )
+    return single_file(folders[0]) if folders else None
 
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
@@ -210,7 +236,7 @@ def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
         name = config.weights.removeprefix(ASSET)
         load_tower(tower, load_efficientnet_lite(assets.single_file(name, "**/*.pth", cache)))
     else:
-        load_tower(tower, load_file(Path(config.weights).expanduser()))
+        load_tower(tower, read_file(Path(config.weights).expanduser()))
     return tower
 
 
@@ -246,7 +272,7 @@ def load(folder: Path, *, cache: Path | None = None, train: bool = False) -> Mod
     # Not configuration.load: there ``base`` at the top would be the name of another file.
     tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
     model = build(configuration.build(tree, ModelConfig, str(path)), cache=cache, train=True)
-    state = load_file(folder / WEIGHTS_FILE)
+    state = read_file(folder / WEIGHTS_FILE)
     wanted = trainable_state(model.net)
     load_trainable(model.net, {k: v.to(wanted[k].dtype) if k in wanted else v for k, v in state.items()})
     if not train:

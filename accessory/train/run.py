@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from accessory import config as configuration
 from accessory import log
+from accessory.backbone.store import read_file
+from accessory.data.audit import render_row
 from accessory.data.loader import Loader
 from accessory.data.mixture import Ledger, Mixture
+from accessory.data.rows import RowRejected
 from accessory.data.sources import load_sources
 from accessory.models import build
 from accessory.models.align import Aligner, match_scale
@@ -25,6 +27,7 @@ from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
 from accessory.train.loop import Hooks, Result, train
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
+from accessory.train.optim import Optimizer
 
 LOG = log.get(__name__)
 
@@ -93,14 +96,17 @@ def run(
         warm_start(model.net, Path(config.init))
     source = _loader(config, model, folder, cache)
     if config.match_scale and fresh:
-        _match_scale(model, next(iter(_loader(config, model, folder, cache))))
+        _match_scale(model, source)
     describe(model, source)
+    # A resume asks whether the base is still the same, so the run's configuration says which one it was.
+    resolved = configuration.dump(replace(config, model=replace(config.model, base_sha256=model.config.base_sha256)))
     if dry_run:
+        _plan(model, source, config.train, resolved)
         return None
     hooks = Hooks(
         blocks=model.net.backbone.layers,
         export=lambda net: build.exported(net),
-        resolved=(resolved := configuration.dump(config)),
+        resolved=resolved,
         texts={
             build.CONFIG_FILE: configuration.dump(model.config),
             "run.yaml": resolved,
@@ -118,7 +124,7 @@ def warm_start(net: nn.Module, folder: Path) -> None:
             learned would be lost without a word. So too when it has a tensor that is frozen here: the export holds
             what trains and nothing else.
     """
-    state = load_file(folder / build.WEIGHTS_FILE)
+    state = read_file(folder / build.WEIGHTS_FILE)
     own = net.state_dict()
     bad = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     if bad:
@@ -132,13 +138,25 @@ def warm_start(net: nn.Module, folder: Path) -> None:
     net.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in state.items()}})
 
 
-def _match_scale(model: Model, batch: Batch) -> None:
+def _match_scale(model: Model, source: Loader) -> None:
     net = model.net
+    batch = _peek(source)
     if not isinstance(net.aligner, Aligner) or net.projector is None or not len(batch.tiles):
         raise ValueError("match_scale needs objective.align and pictures in the data")
+    if frozen := [n for n, p in net.projector.named_parameters() if not p.requires_grad]:
+        raise ValueError(f"match_scale changes the projector, but {', '.join(frozen)} of it is frozen and not exported")
     with torch.no_grad():
         features = net.encode(batch.tiles.to(net.aligner.centre.device))
     LOG.info("projected features scaled by %.3f", match_scale(net.aligner, net.projector, features))
+
+
+def _peek(source: Loader) -> Batch:
+    """The first draws as a batch. ``source`` still stands where it stood, and no rejected row is booked."""
+    ledger = Ledger(max_rate=source.ledger.max_rate)
+    look = Loader(
+        source.mixture, source.encoder, source.batch_size, rank=source.rank, world=source.world, ledger=ledger
+    )  # fmt: skip
+    return next(iter(look))
 
 
 def _sources(config: RunConfig, folder: Path) -> Path:
@@ -161,6 +179,24 @@ def _loader(config: RunConfig, model: Model, folder: Path, cache: Path | None) -
         world=groups.world_size(),
         ledger=ledger,
     )
+
+
+def _plan(model: Model, source: Loader, config: TrainConfig, resolved: str) -> None:
+    """What a dry run shows: the configuration as it was resolved and the first row as the model reads it."""
+    optimizer = Optimizer(model.net, config)  # complains about group patterns
+    if groups.rank():
+        return
+    for (label, scale, decay), names in optimizer.groups.items():
+        LOG.info("group %s: %d tensors, lr x %g, weight decay %g", label, len(names), scale, decay)
+    print(resolved)
+    for k in range(source.ledger.after):
+        try:
+            row = source.encoder.encode(source.mixture.sample(k))
+        except RowRejected:
+            continue
+        print(f"the first row, {row.source} {row.index}; ⟦what is learned⟧:\n{render_row(row, model.tokenizer)}")
+        return
+    raise ValueError(f"none of the first {source.ledger.after} rows can be used")
 
 
 def describe(model: Model, source: Loader) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from accessory.__main__ import VERBS, main
+from tests.unit.train.squares import COLOURS, QUESTION, write_squares
 
 TESTS = Path(__file__).parents[1]
 
@@ -112,11 +113,34 @@ def test_mistakes_are_one_message_and_debug_has_the_traceback(experiment: Path) 
     assert "Traceback" in debug.stderr
 
 
-def test_dry_run_trains_nothing(experiment: Path, tmp_path: Path) -> None:
-    done = call("train", str(experiment), "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert "max_steps: 4" in done.stdout
+def test_dry_run_shows_the_plan_and_finds_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accessory.log.setup", lambda: None)  # it would cut other tests off the log
+    dry = ["train", str(write_squares(tmp_path, 4)), "--dry-run"]
+    assert main(dry) == 0
+    out = capsys.readouterr().out
+    assert "max_steps: 4" in out
+    assert f"{QUESTION}" in out
+    assert any(f"⟦{colour}" in out for colour in COLOURS)
+    for more, said in (
+        (["train.groups=[{pattern: nothing.*}]"], "matches no trainable parameter"),
+        (["--resume", str(tmp_path / "nowhere")], "neither a complete checkpoint"),
+    ):
+        assert main([*dry, *more]) == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_system_refuses_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/there")
+
+    monkeypatch.setattr("accessory.cli.train.main", refused)
+    assert main(["train", "x.yaml"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: '/there'\n"
 
 
 def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,8 +211,46 @@ def test_a_second_prefix_or_bias_names_the_way_to_train_the_first(tmp_path: Path
     assert torch.equal(outputs(build.load(tmp_path / "top")), outputs(made))
 
 
+def test_a_base_that_changed_is_refused(tmp_path: Path, base: Path) -> None:
+    made = build.build(ModelConfig(base=str(base), tuning=SPECS["norm"]), train=True)
+    build.save(made, tmp_path / "top")
+    assert f"base_sha256: {made.config.base_sha256}" in (tmp_path / "top" / build.CONFIG_FILE).read_text()
+    text = (tmp_path / "top" / build.CONFIG_FILE).read_text()
+    state = load_file(base / build.WEIGHTS_FILE)
+    state["projector.skip"] = state["projector.skip"] + 1
+    save_file(state, base / build.WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=r"is not the one that this model was trained on"):
+        build.load(tmp_path / "top")
+    older = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("base_sha256"))
+    (tmp_path / "top" / build.CONFIG_FILE).write_text(older)
+    build.load(tmp_path / "top")  # folders that do not say it still load
+
+
+def test_a_torn_file_is_named(tmp_path: Path, base: Path) -> None:
+    path = base / build.WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        build.load(base)
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        build.build_tower(build.TowerSource("tiny", str(path)))
+
+
 def test_a_base_brings_its_own_settings(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"brings its own max_length"):
         build.build(ModelConfig(base=str(base), max_length=99))
     with pytest.raises(ValueError, match="not a model folder"):
         build.build(ModelConfig(base=str(tmp_path / "nowhere")))
+
+
+def test_of_several_gguf_files_none_is_guessed(tmp_path: Path) -> None:
+    for name in ("one/a.gguf", "one/b.gguf", "deep/er/a.gguf"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"one holds 2 .gguf files, name one: a.gguf, b.gguf"):
+        build.build(ModelConfig(backbone=build.BackboneConfig(str(tmp_path / "one"))))
+    with pytest.raises(ValueError, match=r"holds .gguf files in 2 folders"):
+        build.build(ModelConfig(backbone=build.BackboneConfig(str(tmp_path))))
+    assert build._gguf(tmp_path / "deep") == tmp_path / "deep/er/a.gguf"
+    assert build._gguf(tmp_path / "one" / "a.gguf") == tmp_path / "one" / "a.gguf"
+    (tmp_path / "none").mkdir()
+    assert build._gguf(tmp_path / "none") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from accessory.data.emoji import Concept
 from accessory.models import build
 from accessory.peft.attach import LoraSpec, TrainSpec, trainable_state
 from accessory.train import objective
+from accessory.train import run as running
 from accessory.train.run import RunConfig, main_config, run, warm_start
 from tests.tiny import tiny_model, tiny_model_dir
 from tests.unit.train.squares import write_squares
@@ -102,6 +104,36 @@ def test_a_resumed_run_takes_nothing_from_its_start(tmp_path: Path) -> None:
     result = run(replace(again, train=replace(config.train, max_steps=2)), "auto", folder=tmp_path)
     assert result is not None
     assert result.step == 2
+
+
+def test_match_scale_leaves_data_and_ledger_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = tuple(Concept(n, n, (), "", "") for n in ("red", "green", "blue", "yellow"))
+    monkeypatch.setattr(objective, "concepts", lambda cache: known)
+    opened: list[int] = []
+    real = running.load_sources
+    monkeypatch.setattr(running, "load_sources", lambda *a, **k: (opened.append(1), real(*a, **k))[1])
+    path = write_squares(tmp_path, 1)
+    with (tmp_path / "squares.jsonl").open("a") as file:
+        bad = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+        file.write(json.dumps({"id": "bad", "image": "nowhere.png", "conversations": bad}) + "\n")
+    more = ["objective.align={weight: 0.5, source: null}", "match_scale=true", "data.max_bad_rate=0.5"]
+    config = configuration.load(path, RunConfig, ["train.batch_size=8", "model.projector.layers=linear", *more])
+    result = run(config, folder=tmp_path)
+    assert result is not None
+    assert opened == [1]
+    draws = [json.loads(line)["draw"] for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert len(draws) == len(set(draws)) >= 1
+    frozen = replace(config.model, tuning=(TrainSpec(("tower.*",)),))
+    train = replace(config.train, output_dir=str(tmp_path / "frozen"))
+    with pytest.raises(ValueError, match="match_scale changes the projector"):
+        run(replace(config, model=frozen, train=train), folder=tmp_path)
+
+
+def test_a_damaged_start_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / build.WEIGHTS_FILE).write_bytes(b"torn")
+    made = tiny_model(tmp_path, train=True)
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        warm_start(made.net, tmp_path)
 
 
 def test_dry_run_describes_and_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

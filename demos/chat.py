@@ -118,10 +118,13 @@ def page(sessions: Sessions, max_new_tokens: int = MAX_NEW_TOKENS, folder: Path 
                     text += event
                     yield text
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except Exception as error:
+            # Said and not raised: after an exception the widget leaves its text box locked for good.
+            gr.Warning(str(error), title="Not asked")
+            return
+        except Exception:
             logging.getLogger("accessory.demos.chat").exception("an answer failed")
-            raise gr.Error("The model failed on this question; the log says why.", print_exception=False) from error
+            gr.Warning("The model failed on this question; the log says why.", title="Error")
+            return
         if not text:
             yield "*(no answer)*"
 
@@ -175,11 +178,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, AssetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    page(sessions, args.max_new_tokens).queue(max_size=args.queue).launch(
+    made = page(sessions, args.max_new_tokens).queue(max_size=args.queue)
+    try:
+        launch(made, args, model.limits.max_bytes)
+    except OSError as error:  # a port that is taken, an address that is not this machine's
+        print(f"error: cannot serve on {args.host}, port {args.port}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def launch(made: gr.Blocks, args: argparse.Namespace, max_bytes: int) -> None:
+    """Serve ``made`` until interrupted; OSError when it cannot listen. Uploads have at most ``max_bytes``."""
+    made.launch(
         server_name=args.host,
         server_port=args.port,
         share=False,
-        max_file_size=model.limits.max_bytes,
+        max_file_size=max_bytes,
         allowed_paths=[],
         ssr_mode=False,
         footer_links=[],
@@ -191,7 +205,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             font_mono=("ui-monospace", "monospace"),  # type: ignore[arg-type]
         ),
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -99,4 +99,9 @@ def test_two_visitors_talk_about_a_picture(folder: Path, tmp_path: Path) -> None
         other.press("textarea", "Enter")
         other.get_by_text("not a picture in one of").first.wait_for(timeout=PATIENCE)
         assert "Traceback" not in other.content()
+
+        if other.locator('[aria-label="Remove file"]').count():
+            other.locator('[aria-label="Remove file"]').first.click()
+        ask(other, FIRST, 2)
+        assert "idle for too long" not in other.content(), "a refused question is no lost turn"
     assert "Traceback" not in (tmp_path / "page.log").read_text()

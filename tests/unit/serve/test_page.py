@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("gradio", reason="gradio is not installed (pip install -r requirements.txt)")
 
-from demos.chat import asked  # noqa: E402
+from demos.chat import asked, main
+from tests.tiny import tiny_model_dir
 
 
 def said(role: str, *parts: str | dict[str, Any]) -> dict[str, Any]:
@@ -31,3 +34,13 @@ def test_a_refused_question_is_shown_but_was_never_asked() -> None:
     assert asked([*answered, refused]) == ["One?"]
     later = [*answered, refused, said("user", "Three?"), said("assistant", "3")]
     assert asked(later) == ["One?", "Three?"]
+
+
+def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["--model", str(tiny_model_dir(tmp_path)), "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot serve on 127.0.0.1, port {port}: ")

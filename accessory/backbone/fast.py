@@ -36,6 +36,12 @@ def accelerate(model: Llama) -> Llama:
     return model
 
 
+def accelerate_for_cpu(model: Llama) -> Llama:
+    """:func:`accelerate` where it pays, which is bf16 on a CPU; any other model is returned as it is."""
+    table = model.tok_embeddings.weight
+    return accelerate(model) if table.device.type == "cpu" and table.dtype == torch.bfloat16 else model
+
+
 def release(model: Llama) -> Llama:
     """Empty what :func:`accelerate` filled, in place, and give its memory back."""
     for module in model.modules():

@@ -13,7 +13,7 @@ CONTROLS = ("none", "shuffled", "blind")
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb."""
     p = sub.add_parser("evaluate", help="score a model on the built-in test sets")
-    p.add_argument("--model", required=True, type=Path, help="a model folder")
+    p.add_argument("--model", required=True, metavar="DIR", help="a model folder, or the name of a shipped model")
     p.add_argument("--tasks", nargs="+", metavar="TASK", help="test sets (default: all but flags)")
     p.add_argument("--controls", nargs="+", choices=CONTROLS, default=["none", "shuffled"], help="default: both")
     p.add_argument("--limit", type=int, metavar="N", help="ask only N questions of each set, spread evenly")
@@ -28,14 +28,15 @@ def main(args: argparse.Namespace) -> int:
     """Print a Markdown table; one line a task and control as it is done."""
     import torch
 
-    from accessory.backbone.fast import accelerate
+    from accessory.backbone.fast import accelerate_for_cpu
     from accessory.evaluate.score import TASKS, score
     from accessory.models.build import load
+    from accessory.serve.chat import find_model
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load(args.model, cache=args.cache)
-    accelerate(model.net.backbone)
+    model = load(find_model(args.model), cache=args.cache)
+    accelerate_for_cpu(model.net.backbone)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("", encoding="utf-8")

@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from accessory.backbone.fast import accelerate
+from accessory.backbone.fast import accelerate_for_cpu
 from accessory.backbone.generate import Sampling
 from accessory.models import build
 from accessory.models.build import Model
@@ -66,11 +64,6 @@ class Chat:
     def history(self) -> tuple[Turn, ...]:
         """Everything said so far, also what the model no longer reads."""
         return self._history
-
-    @property
-    def turns(self) -> int:
-        """Questions answered so far."""
-        return sum(t.role == "assistant" for t in self._history)
 
     def ask(
         self, text: str, images: Sequence[Source] = (), sampling: Sampling | None = None
@@ -273,11 +266,6 @@ class Sessions:
                 self._chats.popitem(last=False)
             return chat
 
-    def drop(self, key: str) -> None:
-        """Forget a visitor."""
-        with self._lock:
-            self._chats.pop(key, None)
-
     def __len__(self) -> int:
         return len(self._chats)
 
@@ -301,7 +289,5 @@ def load(
     On a CPU the weights of a bf16 backbone are packed for decoding, which costs a second copy of them.
     """
     model = build.load(find_model(folder), cache=cache)
-    table = model.net.backbone.tok_embeddings.weight
-    if table.device.type == "cpu" and table.dtype == torch.bfloat16:
-        accelerate(model.net.backbone)
+    accelerate_for_cpu(model.net.backbone)
     return ChatModel(model, sampling=sampling, limits=limits)

@@ -43,7 +43,7 @@ def test_table_and_lines(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--model", "/nowhere"], "not a model folder"),
+        (["--model", "/nowhere"], "neither a model folder"),
         (["--tasks", "emoji-nmaes"], "emoji-nmaes"),
         (["--tasks", "emoji-names", "--limit", "1"], "limit is 1"),
     ],
@@ -58,3 +58,12 @@ def test_mistakes_are_one_clear_line(
     assert error.startswith("error: ")
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_shipped_model_is_known_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, 3)
+    monkeypatch.setattr("accessory.serve.chat.SHIPPED", folder.parent)
+    assert main(["evaluate", "--model", folder.name, "--tasks", "words-ocr", "--controls", "none"]) == 0
+    assert "| words-ocr | own | 0 | 3 |" in capsys.readouterr().out

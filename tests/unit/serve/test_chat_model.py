@@ -10,6 +10,7 @@ from PIL import Image
 
 import accessory
 from accessory.backbone.generate import Sampling
+from accessory.models import build
 from accessory.models.build import Model
 from accessory.serve import chat as chats
 from accessory.serve.chat import ChatModel, Sessions
@@ -26,14 +27,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def test_sessions_are_separate_and_bounded(model: Model) -> None:
     sessions = Sessions(ChatModel(model, sampling=GREEDY), capacity=2)
     sessions.get("a").say("What is this?")
-    assert sessions.get("a").turns == 1
-    assert sessions.get("b").turns == 0
+    assert len(sessions.get("a").history) == 2
+    assert sessions.get("b").history == ()
     sessions.get("a")
     sessions.get("c")
     assert len(sessions) == 2
-    assert sessions.get("a").turns == 1, "the one idle for longest goes, not the oldest"
-    sessions.drop("a")
-    assert sessions.get("a").turns == 0
+    assert len(sessions.get("a").history) == 2, "the one idle for longest goes, not the oldest"
     with pytest.raises(ValueError, match="capacity"):
         Sessions(ChatModel(model), capacity=0)
 
@@ -77,3 +76,13 @@ def test_models_are_found_by_folder_or_shipped_name(folder: Path, monkeypatch: p
     assert chats.find_model("tiny") == folder
     with pytest.raises(ValueError, match=r"nowhere is neither a model folder .*shipped models are: tiny"):
         chats.find_model("nowhere")
+
+
+@pytest.mark.parametrize(("dtype", "packed"), [("fp32", False), ("bf16", True)])
+def test_weights_are_packed_where_it_pays(tmp_path: Path, dtype: str, packed: bool) -> None:
+    from accessory.backbone.fast import accelerate_for_cpu
+
+    made = tiny_model(tmp_path)
+    backbone = made.net.backbone.to(build.DTYPES[dtype])
+    accelerate_for_cpu(backbone)
+    assert all((block.attention.fused is not None) is packed for block in backbone.layers)

@@ -1,11 +1,8 @@
 """Convert weights between layouts; the same as ``python -m accessory convert``."""
 
-import argparse
 import sys
 
-from accessory.cli.convert import add_arguments, main
+from accessory.__main__ import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))
+    sys.exit(main(["convert", *sys.argv[1:]]))

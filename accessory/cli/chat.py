@@ -41,20 +41,14 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def main(args: argparse.Namespace) -> int:
-    """Chat. 0 at the end of input; 2 for what cannot be opened."""
+    """Chat. 0 at the end of input; ValueError or AssetError for what cannot be opened."""
     from accessory.backbone.generate import Sampling
-    from accessory.data.assets import AssetError
     from accessory.serve.chat import load
 
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    try:
-        model = load(args.model, cache=args.cache, sampling=sampling)
-    except AssetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    terminal = Terminal(model.new_chat())
+    terminal = Terminal(load(args.model, cache=args.cache, sampling=sampling).new_chat())
     for name in args.image:
         terminal.show(name)
     if args.ask:

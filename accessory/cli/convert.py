@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments, shared with ``tools/convert.py``."""
+def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    parser = sub.add_parser("convert", help="convert weights between layouts")
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, or a .gguf file")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
@@ -21,27 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
-
-
-def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the verb."""
-    parser = sub.add_parser("convert", help="convert weights between layouts")
-    add_arguments(parser)
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert, and print what was written. 1 with a message when something does not fit."""
-    try:
-        convert(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def convert(args: argparse.Namespace) -> None:
-    """The work of :func:`main`.
+    """Convert, and print what was written.
 
     Raises:
         ValueError: for options that exclude each other and everything that reading or writing refuses.
@@ -83,3 +67,4 @@ def convert(args: argparse.Namespace) -> None:
                 shutil.copyfile(tokenizer / file, args.dst / file)
     count = sum(t.numel() for t in tensors.values())
     print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
+    return 0

@@ -132,8 +132,13 @@ def test_mistakes_are_one_clear_line(
 def test_missing_assets_say_what_to_do(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("backbone: {source: asset:smollm2}\n")
     (tmp_path / "trainable.safetensors").write_bytes((folder / "trainable.safetensors").read_bytes())
-    assert main(["chat", "--model", str(tmp_path), "--cache", str(tmp_path / "cache"), "--ask", "x"]) == 2
-    assert "fetch" in capsys.readouterr().err
+    arguments = ["chat", "--model", str(tmp_path), "--cache", str(tmp_path / "cache"), "--ask", "x"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "fetch" in error
+    assert "Traceback" not in error
+    assert main([*arguments, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_control_c_stops_the_answer_and_not_the_program(folder: Path) -> None:

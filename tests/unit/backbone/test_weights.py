@@ -1,6 +1,5 @@
 """Weights in and out: tensor-parallel shards, our own layout, the convert command."""
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -12,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory.__main__ import main
 from accessory.backbone import hf, keys, meta, store, weights
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.sizes import SIZES
-from accessory.cli import convert
 from accessory.nn.linear import Linear
 from accessory.nn.rope import RopeScaling
 
@@ -40,10 +39,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def run(*args: object) -> int:
-    parser = argparse.ArgumentParser()
-    convert.add_parser(parser.add_subparsers())
-    parsed = parser.parse_args(["convert", *map(str, args)])
-    return int(parsed.main(parsed))
+    return main(["convert", *map(str, args)])
 
 
 @pytest.mark.parametrize("limit", [10**9, 20_000])
@@ -271,11 +267,13 @@ def test_convert_casts_gguf_and_says_what_is_wrong(
     assert run(path, tmp_path / "a", "--from", "gguf", "--dtype", "float16") == 0
     assert {p.dtype for p in weights.load_backbone(tmp_path / "a").parameters()} == {torch.float16}
     capsys.readouterr()
-    assert run(path, tmp_path / "b", "--to", "hf", "--tensor-parallel", 2) == 1
+    assert run(path, tmp_path / "b", "--to", "hf", "--tensor-parallel", 2) == 2
     assert "needs --to accessory" in capsys.readouterr().err
-    assert run(tmp_path / "nowhere", tmp_path / "b") == 1
-    assert "nowhere" in capsys.readouterr().err
-    assert run(path, tmp_path / "b", "--tokenizer", tmp_path / "nowhere") == 1
+    assert run(tmp_path / "nowhere", tmp_path / "b", "--debug") == 2
+    error = capsys.readouterr().err
+    assert "nowhere" in error
+    assert "Traceback" in error
+    assert run(path, tmp_path / "b", "--tokenizer", tmp_path / "nowhere") == 2
     assert not (tmp_path / "b").exists()
 
 
@@ -283,3 +281,6 @@ def test_the_tool_is_the_command(tmp_path: Path) -> None:
     tool = Path(__file__).parents[3] / "tools" / "convert.py"
     done = subprocess.run([sys.executable, str(tool), "--help"], capture_output=True, text=True, check=True)
     assert "--tensor-parallel" in done.stdout
+    wrong = subprocess.run([sys.executable, str(tool), "/nowhere", str(tmp_path / "b")], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: ")

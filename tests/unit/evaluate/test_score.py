@@ -134,5 +134,5 @@ def test_a_visual_prefix_is_never_left_out_of_a_score(
     tuning = (PrefixSpec(length=3), TrainSpec(("backbone.*", "tower.*", "resampler.*")))
     for projector in (None, ProjectorConfig("linear_norm")):
         both = model(tmp_path_factory.mktemp("seen"), resampler=resampler, projector=projector, tuning=tuning)
-        with pytest.raises(ValueError, match="visual prefix .* not supported yet"):
+        with pytest.raises(ValueError, match=r"visual prefix .* not supported yet"):
             score(both, "any")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -156,10 +157,8 @@ def test_control_c_stops_the_answer_and_not_the_program(folder: Path) -> None:
         assert "/help" in seen
         os.write(master, b"What is this?\n")
         _until(master, "?\r\n", more=20)
-        process.send_signal(signal.SIGINT)
-        assert "(stopped)" in _until(master, "> ")
-        process.send_signal(signal.SIGINT)
-        _until(master, "leaves)\r\n> ")
+        assert "(stopped)" in _until(master, "> ", nudge=process)
+        _until(master, "leaves)\r\n> ", nudge=process)
         os.write(master, b"/undo\n")
         assert "(forgotten: What is this?)" in _until(master, "> ")
         os.write(master, b"\x04")
@@ -170,10 +169,16 @@ def test_control_c_stops_the_answer_and_not_the_program(folder: Path) -> None:
         os.close(master)
 
 
-def _until(master: int, end: str, more: int = 0) -> str:
-    """Read until ``end`` has come and ``more`` bytes after it."""
-    text, deadline = b"", time.monotonic() + 200
+def _until(master: int, end: str, more: int = 0, nudge: subprocess.Popen[bytes] | None = None) -> str:
+    """Read until ``end`` has come and ``more`` bytes after it. ``nudge`` is interrupted first, and again every five
+    seconds: an interrupt between two system calls of the line editor waits there for the next key."""
+    text, deadline, last = b"", time.monotonic() + 200, 0.0
     while time.monotonic() < deadline:
+        if nudge is not None and time.monotonic() - last > 5:
+            nudge.send_signal(signal.SIGINT)
+            last = time.monotonic()
+        if not select.select([master], [], [], 0.5)[0]:
+            continue
         text += os.read(master, 1024)
         shown = text.decode(errors="replace")
         if end in shown and len(shown) - shown.rindex(end) - len(end) >= more and (more or shown.endswith(end)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
@@ -21,8 +20,8 @@ class Encoder:
     """Writes a sample as ids with placeholders, labels on what the assistant says, and its real tiles.
 
     A real tile becomes ``tokens_per_tile`` image placeholders (between a start and an end placeholder when
-    ``start_end``), a blank one a single skip placeholder. Rows longer than ``max_length`` positions are rejected, or
-    with ``over_length="drop_turns"`` lose their last turns as long as these hold no picture. No run is ever cut.
+    ``start_end``), a blank one a single skip placeholder. Rows longer than ``max_length`` positions are rejected whole:
+    no run of placeholders is ever cut.
     """
 
     def __init__(
@@ -33,19 +32,15 @@ class Encoder:
         tokens_per_tile: int,
         max_length: int,
         start_end: bool = False,
-        over_length: Literal["reject", "drop_turns"] = "reject",
     ) -> None:
         if tokens_per_tile < 1 or max_length < 2:
             raise ValueError(f"tokens_per_tile {tokens_per_tile} must be at least 1 and max_length {max_length} 2")
-        if over_length not in ("reject", "drop_turns"):
-            raise ValueError(f"over_length must be 'reject' or 'drop_turns', got {over_length!r}")
         self.tokenizer = tokenizer
         self.template = template
         self.tiling = tiling
         self.tokens_per_tile = tokens_per_tile
         self.max_length = max_length
         self.start_end = start_end
-        self.over_length = over_length
 
     def encode(self, sample: Sample, *, generate: bool = False) -> Encoded:
         """The sample's row; with ``generate`` it ends with the assistant's prompt. Raises :class:`RowRejected`."""
@@ -57,15 +52,10 @@ class Encoder:
             raise RowRejected(str(error), sample.source, sample.index) from error
 
     def _encode(self, sample: Sample, generate: bool) -> Encoded:
-        turns = sample.turns
-        row = self.row(turns, generate=generate)
-        while len(row.ids) > self.max_length:
-            shorter = () if generate or self.over_length == "reject" else _without_last_exchange(turns)
-            if not shorter:
-                n, pictures = len(row.ids), int((row.ids < 0).sum())
-                raise ValueError(f"{n} positions ({pictures} of them pictures), the limit is {self.max_length}")
-            turns = shorter
-            row = self.row(turns)
+        row = self.row(sample.turns, generate=generate)
+        if len(row.ids) > self.max_length:
+            n, pictures = len(row.ids), int((row.ids < 0).sum())
+            raise ValueError(f"{n} positions ({pictures} of them pictures), the limit is {self.max_length}")
         if not generate and not bool((row.labels != IGNORE).any()):
             raise ValueError("nothing to learn: the assistant says nothing")
         return replace(row, source=sample.source, index=sample.index)
@@ -108,11 +98,3 @@ class Encoder:
         if self.start_end:
             real = [IMAGE_START, *real, IMAGE_END]
         return [i for tile in plan.tiles for i in ([SKIP] if tile.blank else real)]
-
-
-def _without_last_exchange(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """Turns up to the last answer but one; empty when there is none or a picture would be lost."""
-    ends = [i + 1 for i, t in enumerate(turns) if t.role == "assistant" and i + 1 < len(turns)]
-    if not ends or any(t.pictures for t in turns[ends[-1] :]):
-        return ()
-    return tuple(turns[: ends[-1]])

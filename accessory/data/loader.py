@@ -194,18 +194,3 @@ class _Chunks:
         while True:
             yield [i * self._world + self._rank for i in range(step, step + _CHUNK)]
             step += _CHUNK
-
-
-def loader(
-    mixture: Mixture,
-    encoder: Encoder,
-    batch_size: int,
-    num_workers: int = 0,
-    start: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Loader:
-    """A :class:`Loader`, continued from ``start`` (a ``state_dict``) where one is given."""
-    made = Loader(mixture, encoder, batch_size, num_workers=num_workers, **options)
-    if start is not None:
-        made.load_state_dict(start)
-    return made

@@ -1,10 +1,10 @@
-"""An endless weighted stream over sources in which draw k depends on nothing but the seed and k."""
+"""Endless weighted draws from sources, where draw k depends on nothing but the seed and k."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,38 +141,6 @@ class Ledger:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue counting."""
         self.seen, self.bad = state["seen"], state["bad"]
-
-
-class Stream:
-    """Samples of a mixture in order, bad rows left out and booked; the cursor is the next draw."""
-
-    def __init__(self, mixture: Mixture, ledger: Ledger | None = None) -> None:
-        self.mixture = mixture
-        self.ledger = ledger or Ledger()
-        self.cursor = 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        while True:
-            k, self.cursor = self.cursor, self.cursor + 1
-            try:
-                sample = self.mixture.sample(k)
-            except RowRejected as row:
-                self.ledger.reject(row, k)
-                continue
-            self.ledger.good()
-            yield sample
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
-        return {
-            "cursor": self.cursor, "fingerprint": self.mixture.fingerprint(), "ledger": self.ledger.state_dict()
-        }  # fmt: skip
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly there; ValueError when the mixture is not the one the state was taken from."""
-        check_fingerprint(self.mixture, state)
-        self.cursor = state["cursor"]
-        self.ledger.load_state_dict(state["ledger"])
 
 
 def check_fingerprint(mixture: Mixture, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from accessory.data.encode import Encoder
-from accessory.data.loader import loader
+from accessory.data.loader import Loader
 from accessory.data.mixture import Ledger, Mixture
 from accessory.data.sources import load_sources
 from accessory.data.template import get
@@ -50,7 +50,7 @@ def mixture(folder: Path, n: int, broken: set[int]) -> Mixture:
 def test_bad_rows_are_skipped_and_booked(tmp_path: Path, encoder: Encoder, workers: int) -> None:
     broken = {3, 46, 102, 150, 199}
     ledger = Ledger(tmp_path / "out" / "ledger.jsonl")
-    made = loader(mixture(tmp_path, 200, broken), encoder, 5, num_workers=workers, ledger=ledger)
+    made = Loader(mixture(tmp_path, 200, broken), encoder, 5, num_workers=workers, ledger=ledger)
     rows = [encoder.tokenizer.decode(i[m].tolist()) for b in itertools.islice(made, 39) for i, m in zip(b.ids, b.mask)]
     answers = [r.split("\na")[-1].strip() for r in rows]
     assert len(answers) == len(set(answers)) == 195
@@ -63,13 +63,13 @@ def test_bad_rows_are_skipped_and_booked(tmp_path: Path, encoder: Encoder, worke
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_rows_stop_the_run(tmp_path: Path, encoder: Encoder, workers: int) -> None:
-    made = loader(mixture(tmp_path, 300, set(range(0, 300, 10))), encoder, 5, num_workers=workers)
+    made = Loader(mixture(tmp_path, 300, set(range(0, 300, 10))), encoder, 5, num_workers=workers)
     with pytest.raises(ValueError, match=r"\d+ of 2\d\d rows were rejected, the limit is 5%"):
         list(itertools.islice(made, 1000))
 
 
 def test_a_rate_below_the_limit_goes_on(tmp_path: Path, encoder: Encoder) -> None:
-    made = loader(mixture(tmp_path, 300, set(range(0, 300, 30))), encoder, 5)
+    made = Loader(mixture(tmp_path, 300, set(range(0, 300, 30))), encoder, 5)
     assert len(list(itertools.islice(made, 200))) == 200
     assert made.ledger.bad > 20
 
@@ -78,4 +78,4 @@ def test_a_programming_error_is_not_booked_as_a_bad_row(tmp_path: Path, encoder:
     made = mixture(tmp_path, 20, set())
     encoder.tokens_per_tile = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
-        next(iter(loader(made, encoder, 2)))
+        next(iter(Loader(made, encoder, 2)))

@@ -91,17 +91,6 @@ def test_over_long_rows_are_rejected_whole(tokenizer: Tokenizer) -> None:
     assert (caught.value.source, caught.value.index) == ("file.json", 7)
 
 
-def test_trailing_text_turns_may_be_dropped_but_no_picture(tokenizer: Tokenizer) -> None:
-    first = (PICTURE, "?"), "A"
-    short = encoder(tokenizer).encode(dialogue(*first))
-    kept = encoder(tokenizer, max_length=len(short.ids) + 5, over_length="drop_turns")
-    assert torch.equal(kept.encode(dialogue(*first, ("more " * 30,), "B")).ids, short.ids)
-    with pytest.raises(RowRejected, match="positions"):
-        kept.encode(dialogue(*first, (PICTURE, "more " * 30), "B"))
-    with pytest.raises(RowRejected, match="positions"):
-        kept.encode(dialogue(("more " * 30,), "B"))
-
-
 def test_rows_that_teach_nothing_are_rejected(tokenizer: Tokenizer) -> None:
     for sample in (dialogue(("a",)), dialogue(("a",), ""), dialogue(("a",), "  ")):
         with pytest.raises(RowRejected, match="nothing to learn"):
@@ -114,8 +103,6 @@ def test_a_bad_picture_rejects_the_row_by_name(tokenizer: Tokenizer) -> None:
 
 
 def test_bad_settings_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="over_length"):
-        encoder(tokenizer, over_length="cut")
     with pytest.raises(ValueError, match="tokens_per_tile 0"):
         encoder(tokenizer, tokens_per_tile=0)
 

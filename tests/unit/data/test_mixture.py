@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from accessory.data.encode import Encoder
-from accessory.data.loader import Loader, loader
-from accessory.data.mixture import BLOCK, Ledger, Mixture, Stream
+from accessory.data.loader import Loader
+from accessory.data.mixture import BLOCK, Ledger, Mixture
 from accessory.data.rows import RowRejected
 from accessory.data.sources import SourceConfig, open_source
 from accessory.data.template import get
@@ -86,74 +86,67 @@ def test_unbounded_sources_get_the_epoch_in_the_row(mixture: Mixture) -> None:
     assert len(set(rows)) == len(rows) > 100
 
 
-def test_the_stream_skips_bad_rows_and_books_them(mixture: Mixture, tmp_path: Path) -> None:
-    stream = Stream(mixture, Ledger(tmp_path / "ledger.jsonl"))
-    got = [s.index for s in itertools.islice(stream, 300) if s.source == "a"]
-    assert 7 not in got
-    assert stream.cursor == 300 + stream.ledger.bad
-    assert stream.ledger.bad >= 3
+def test_bad_rows_are_skipped_and_booked(mixture: Mixture, encoder: Encoder, tmp_path: Path) -> None:
+    made = Loader(mixture, encoder, 5, ledger=Ledger(tmp_path / "ledger.jsonl"))
+    got = [encoder.tokenizer.decode(i[m].tolist()) for b in batches(made, 60) for i, m in zip(b.ids, b.mask)]
+    assert len(got) == 300
+    assert not any("a 7 " in row for row in got)
+    assert any("a 8 " in row for row in got)
+    assert made.ledger.bad >= 3
+    assert made.state_dict()["step"] == made.ledger.seen == 300 + made.ledger.bad
     lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
-    assert len(lines) == stream.ledger.bad
+    assert len(lines) == made.ledger.bad
     assert '"source": "a", "row": 7, "reason": "broken"' in lines[0]
 
 
-def test_stream_resumes_exactly(mixture: Mixture) -> None:
-    stream = Stream(mixture)
-    whole = [(s.source, s.index) for s in itertools.islice(stream, 400)]
-    first, second = Stream(mixture), Stream(Mixture(mixture.sources, seed=5))
-    list(itertools.islice(first, 123))
-    second.load_state_dict(first.state_dict())
-    assert [(s.source, s.index) for s in itertools.islice(second, 277)] == whole[123:]
-    assert second.ledger.state_dict() == stream.ledger.state_dict()
-
-
-def test_changed_data_is_refused_on_resume(mixture: Mixture) -> None:
-    state = Stream(mixture).state_dict()
+def test_changed_data_is_refused_on_resume(mixture: Mixture, encoder: Encoder) -> None:
+    state = Loader(mixture, encoder, 4).state_dict()
     for other in (Mixture(mixture.sources, seed=6), Mixture([Rows("a", 51, 3.0), *mixture.sources[1:]], seed=5)):
         with pytest.raises(ValueError, match="data changed"):
-            Stream(other).load_state_dict(state)
+            Loader(other, encoder, 4).load_state_dict(state)
 
 
-def test_files_are_known_by_name_and_size(tmp_path: Path) -> None:
-    def mixture_of(folder: Path, answer: str) -> Mixture:
+def test_files_are_known_by_name_and_size(tmp_path: Path, encoder: Encoder) -> None:
+    def over(folder: Path, answer: str) -> Loader:
         folder.mkdir(exist_ok=True)
         row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]}
         (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        return Mixture([open_source(SourceConfig("messages", path=str(folder / "rows.jsonl")))])
+        return Loader(Mixture([open_source(SourceConfig("messages", path=str(folder / "rows.jsonl")))]), encoder, 4)
 
-    state = Stream(mixture_of(tmp_path / "a", "one")).state_dict()
-    Stream(mixture_of(tmp_path / "moved", "one")).load_state_dict(state)
+    state = over(tmp_path / "a", "one").state_dict()
+    over(tmp_path / "moved", "one").load_state_dict(state)
     with pytest.raises(ValueError, match="data changed"):
-        Stream(mixture_of(tmp_path / "a", "eleven")).load_state_dict(state)
+        over(tmp_path / "a", "eleven").load_state_dict(state)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(mixture: Mixture, encoder: Encoder) -> None:
-    alone = batches(loader(mixture, encoder, 5), 30)
-    assert same(alone, batches(loader(mixture, encoder, 5, num_workers=2), 30))
+    alone = batches(Loader(mixture, encoder, 5), 30)
+    assert same(alone, batches(Loader(mixture, encoder, 5, num_workers=2), 30))
     other = Mixture(mixture.sources, seed=6)
-    assert not same(alone, batches(loader(other, encoder, 5), 30))
+    assert not same(alone, batches(Loader(other, encoder, 5), 30))
 
 
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("at", [1, 6, 8])
 def test_loader_resumes_at_the_batch_consumed(mixture: Mixture, encoder: Encoder, window: int, at: int) -> None:
-    whole = loader(mixture, encoder, 4, window=window)
+    whole = Loader(mixture, encoder, 4, window=window)
     expected = batches(whole, 20)
-    first = loader(mixture, encoder, 4, num_workers=1 if at == 6 else 0, window=window)
+    first = Loader(mixture, encoder, 4, num_workers=1 if at == 6 else 0, window=window)
     assert same(batches(first, at), expected[:at])
-    second = loader(mixture, encoder, 4, start=first.state_dict(), window=window)
+    second = Loader(Mixture(mixture.sources, seed=5), encoder, 4, window=window)
+    second.load_state_dict(first.state_dict())
     assert same(batches(second, 20 - at), expected[at:])
     assert second.ledger.state_dict() == whole.ledger.state_dict()
 
 
 def test_a_resume_into_another_stream_is_refused(mixture: Mixture, encoder: Encoder) -> None:
-    state = loader(mixture, encoder, 4).state_dict()
+    state = Loader(mixture, encoder, 4).state_dict()
     with pytest.raises(ValueError, match="same batch_size: 4 then, 5 now"):
-        loader(mixture, encoder, 5, start=state)
+        Loader(mixture, encoder, 5).load_state_dict(state)
 
 
 def test_window_groups_by_length_and_keeps_every_row(mixture: Mixture, encoder: Encoder) -> None:
-    plain, grouped = batches(loader(mixture, encoder, 4), 40), batches(loader(mixture, encoder, 4, window=8), 40)
+    plain, grouped = batches(Loader(mixture, encoder, 4), 40), batches(Loader(mixture, encoder, 4, window=8), 40)
 
     def padding(found: list[Batch]) -> int:
         return sum(int((~b.mask).sum()) for b in found)
@@ -166,9 +159,9 @@ def test_window_groups_by_length_and_keeps_every_row(mixture: Mixture, encoder: 
 
 
 def test_ranks_share_the_stream(mixture: Mixture, encoder: Encoder) -> None:
-    seen = [Counter(tuple(i[m].tolist()) for b in batches(loader(mixture, encoder, 8, rank=r, world=2), 10)
+    seen = [Counter(tuple(i[m].tolist()) for b in batches(Loader(mixture, encoder, 8, rank=r, world=2), 10)
                     for i, m in zip(b.ids, b.mask)) for r in range(2)]  # fmt: skip
-    alone = Counter(tuple(i[m].tolist()) for b in batches(loader(mixture, encoder, 8), 18)
+    alone = Counter(tuple(i[m].tolist()) for b in batches(Loader(mixture, encoder, 8), 18)
                     for i, m in zip(b.ids, b.mask))  # fmt: skip
     assert not alone - (seen[0] + seen[1])
 

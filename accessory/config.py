@@ -27,7 +27,14 @@ BASE = "base"  # the key that names the file to inherit from
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in a configuration; the message has one line for each, with its dotted path."""
+    """One or more mistakes in a configuration; the message has one line for each, with its dotted path.
+
+    ``mistakes`` are these lines alone, for a caller that has more to say about the same file.
+    """
+
+    def __init__(self, message: str, mistakes: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.mistakes = tuple(mistakes)
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -155,13 +162,16 @@ def load(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     return build(tree, cls, str(path))
 
 
-def build(tree: Mapping[str, Any], cls: type[T], name: str = "the configuration") -> T:
-    """A checked ``cls`` from plain values; ``name`` is what the error message calls them."""
+def build(tree: Mapping[str, Any], cls: type[T], name: str = "the configuration", at: str = "") -> T:
+    """A checked ``cls`` from plain values; ``name`` is what the error message calls them.
+
+    ``at`` is their own dotted path, where they are a part of the file.
+    """
     errors: list[str] = []
-    value = _fill(tree, cls, "", errors, dataclasses.MISSING)
+    value = _fill(tree, cls, at, errors, dataclasses.MISSING)
     if errors:
         count = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
-        raise ConfigError(f"{count} in {name}:\n" + "\n".join(f"  {line}" for line in errors))
+        raise ConfigError(f"{count} in {name}:\n" + "\n".join(f"  {line}" for line in errors), errors)
     return value
 
 
@@ -226,20 +236,22 @@ def _union(value: Any, members: tuple[Any, ...], path: str, errors: list[str], d
     classes = [m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m)]
     others = tuple(m for m in members if m not in classes and m is not types.NoneType)
     if not isinstance(value, dict):
+        if not others and len(classes) > 1:
+            kinds = ", ".join(kind for c in classes for kind in _kinds(c))
+            return _note(errors, path, f"wants a mapping with a kind ({kinds}), not {value!r}")
         if not others:
-            names = ", ".join(c.__name__ for c in classes)
-            return _note(errors, path, f"wants the fields of {names}, not {value!r}")
+            return _note(errors, path, f"wants the fields of {classes[0].__name__}, not {value!r}")
         return _fill(value, Union[others], path, errors, dataclasses.MISSING)  # noqa: UP007
     if not classes:
         return _fill(value, Union[others], path, errors, dataclasses.MISSING)  # noqa: UP007
     if len(classes) == 1:
         return _dataclass(value, classes[0], path, errors, default)
-    kinds = {kind: c for c in classes for kind in _kinds(c)}
+    by_kind = {kind: c for c in classes for kind in _kinds(c)}
     chosen = value.get("kind", getattr(default, "kind", None))
-    if chosen not in kinds:
-        said = "is missing" if chosen is None else f"{chosen!r} is unknown{_close(str(chosen), kinds)}"
-        return _note(errors, _join(path, "kind"), f"{said}; it is one of {', '.join(kinds)}")
-    return _dataclass(value, kinds[chosen], path, errors, default)
+    if chosen not in by_kind:
+        said = "is missing" if chosen is None else f"{chosen!r} is unknown{_close(str(chosen), by_kind)}"
+        return _note(errors, _join(path, "kind"), f"{said}; it is one of {', '.join(by_kind)}")
+    return _dataclass(value, by_kind[chosen], path, errors, default)
 
 
 def _kinds(cls: type) -> tuple[str, ...]:

@@ -34,10 +34,10 @@ _ROLES: dict[str, Role] = {
 class Layout:
     """Reads rows of one kind. ``root`` is the resolved folder that no picture may lie outside of."""
 
-    def __init__(self, kind: str, columns: dict[str, str], root: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, kind: str, columns: Mapping[str, str], root: Path, image_first: bool = False) -> None:
         self._columns = {**COLUMNS[kind], **columns}
         self._root = root
-        self._image_first = bool(options.get("image_first", False))
+        self._image_first = image_first
         self._read = {
             "llava": self._conversation,
             "sharegpt": self._conversation,

@@ -6,41 +6,84 @@ A row that cannot be read raises :class:`RowRejected` with file and row; only a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import yaml
-
+from accessory import config as configuration
 from accessory.data import layouts
 from accessory.data.files import Rows, open_rows
 from accessory.data.rows import RowRejected
 from accessory.schema import Sample
 
-Kind = Literal["llava", "sharegpt", "alpaca", "messages", "builtin"]
-KINDS: tuple[str, ...] = ("llava", "sharegpt", "alpaca", "messages", "builtin")
 _PROBED = 20  # rows read at start, so that a wrong column map is seen before training begins
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """One source of rows.
+class FileOptions:
+    """``image_first`` puts the pictures of rows without ``<image>`` at the start."""
+
+    image_first: bool = False
+
+
+@dataclass(frozen=True)
+class FileConfig:
+    """Rows of one file.
 
     ``path`` a JSON, JSONL, CSV, TSV or parquet file, ``root`` the folder pictures must lie in (default: the file's
     own), ``columns`` our names to the file's (see ``layouts.COLUMNS``), ``weight`` the share of draws relative to the
-    other sources, ``name`` the built-in set or a label for the ledger, ``split`` and ``options`` for built-in sets;
-    ``options: {image_first: true}`` puts pictures of rows without ``<image>`` at the start.
+    other sources, ``name`` a label for the ledger.
     """
 
-    kind: Kind
-    path: str | None = None
+    kind: Literal["llava", "sharegpt", "alpaca", "messages"]
+    path: str
     root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     name: str = ""
+    options: FileOptions = FileOptions()
+
+    def __post_init__(self) -> None:
+        known = layouts.COLUMNS[self.kind]
+        problems = [f"columns: {c!r} is none of {', '.join(known)}" for c in self.columns if c not in known]
+        if not self.path:
+            problems.append("path: '' names no file")
+        _complain(problems + _weight(self.weight))
+
+
+@dataclass(frozen=True)
+class BuiltinOptions:
+    """``turns`` bounds the questions about one training picture, ``ask`` is what the test of flags asks."""
+
+    turns: int | None = None
+    ask: str = "country"
+
+
+@dataclass(frozen=True)
+class BuiltinConfig:
+    """One of the project's own sets, see ``builtin.NAMES``. ``weight``: its share of draws, as of a file's."""
+
+    kind: Literal["builtin"]
+    name: str
     split: str = "train"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    options: BuiltinOptions = BuiltinOptions()
+
+    def __post_init__(self) -> None:
+        _complain(_weight(self.weight))
+
+
+SourceConfig = FileConfig | BuiltinConfig
+
+
+def _weight(weight: float) -> list[str]:
+    return [] if 0 < weight < float("inf") else [f"weight: {weight!r} is not a positive number"]
+
+
+def _complain(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 class Source(Protocol):
@@ -60,21 +103,19 @@ class FileSource:
 
     unbounded = False
 
-    def __init__(self, config: SourceConfig, rows: Rows) -> None:
-        assert config.path is not None
+    def __init__(self, config: FileConfig, rows: Rows) -> None:
         self.config = config
         self.name = config.name or config.path
         self.weight = config.weight
         self._rows = rows
         root = Path(config.root) if config.root else Path(config.path).parent
-        self._layout = layouts.Layout(config.kind, dict(config.columns), root.resolve(), config.options)
+        self._layout = layouts.Layout(config.kind, config.columns, root.resolve(), config.options.image_first)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
         """Row ``index``; raises :class:`RowRejected` with the file and the row."""
-        assert self.config.path is not None
         try:
             turns = self._layout.turns(self._rows[index])
         except ValueError as error:
@@ -87,15 +128,17 @@ class BuiltinSource:
 
     unbounded = True
 
-    def __init__(self, config: SourceConfig, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> None:
+    def __init__(self, config: BuiltinConfig, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> None:
         from accessory.data import builtin  # fetches assets, so it is loaded only where it is asked for
 
         self.config = config
         self.name = f"{config.name}/{config.split}"
         self.weight = config.weight
-        options: dict[str, Any] = {"cache": cache, "seed": seed, "size": size, **config.options}
         split: Any = config.split  # checked there, with the splits that the set has
-        self._rows = builtin.build(config.name, split, **options)
+        options = config.options
+        self._rows = builtin.build(
+            config.name, split, cache=cache, seed=seed, size=size, turns=options.turns, ask=options.ask
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -107,44 +150,57 @@ class BuiltinSource:
 
 def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> Source:
     """The source a configuration describes; ValueError when its file cannot be opened."""
-    if config.kind == "builtin":
+    if isinstance(config, BuiltinConfig):
         return BuiltinSource(config, cache=cache, seed=seed, size=size)
-    if config.path is None:
-        raise ValueError(f"a {config.kind} source needs a path")
     return FileSource(config, open_rows(Path(config.path)))
 
 
-def load_sources(path: Path, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> list[Source]:
-    """Sources of a YAML file (a list, or ``sources:`` with a list); relative paths count from the file's folder.
+def read_configs(path: Path) -> tuple[list[tuple[str, SourceConfig]], list[str]]:
+    """The sources that a YAML file names, each with its place in the file, and every mistake in the others.
 
-    ValueError lists everything that is wrong at once: unknown fields, missing files, rows that do not fit.
+    The file is a list, or ``sources:`` with a list; relative paths count from its folder. ValueError where it is
+    neither.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no data configuration at {path}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    entries = data.get("sources") if isinstance(data, dict) else data
+    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
+    entries = tree.get("sources") if isinstance(tree, dict) else tree
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected 'sources:' with a list of sources")
-    errors: list[str] = []
-    sources: list[Source] = []
+    found: list[tuple[str, SourceConfig]] = []
+    errors = [f"{k}: unknown name; known is sources" for k in tree if k != "sources"] if tree is not entries else []
+    union: Any = SourceConfig  # which is no type[...] in the eyes of a type checker
     for i, entry in enumerate(entries):
-        where = f"{path}, source {i}"
-        config, problems = parse(entry, path.parent)
-        errors += [f"{where}: {p}" for p in problems]
-        if config is None:
+        where = f"sources.{i}"
+        try:
+            config: SourceConfig = configuration.build(entry, union, str(path), where)
+        except configuration.ConfigError as error:
+            errors += error.mistakes
             continue
+        if isinstance(config, FileConfig):
+            root = str(path.parent / config.root) if config.root else None
+            config = dataclasses.replace(config, path=str(path.parent / config.path), root=root)
+        found.append((where, config))
+    return found, errors
+
+
+def load_sources(path: Path, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> list[Source]:
+    """The sources of a YAML file, see :func:`read_configs`.
+
+    ValueError lists everything that is wrong at once: unknown names, missing files, rows that do not fit.
+    """
+    configs, errors = read_configs(path)
+    sources: list[Source] = []
+    for where, config in configs:
         try:
             source = open_source(config, cache=cache, seed=seed, size=size)
-            errors += _probe(source)
+            errors += [f"{where}: {problem}" for problem in _probe(source)]
             sources.append(source)
         except ValueError as error:
             errors.append(f"{where}: {error}")
     if errors:
-        raise ValueError("the data configuration cannot be used:\n" + "\n".join(f"  {e}" for e in errors))
+        raise ValueError(f"the data configuration {path} cannot be used:\n" + "\n".join(f"  {e}" for e in errors))
     return sources
 
 
@@ -162,40 +218,3 @@ def _probe(source: Source) -> list[str]:
             errors.append(str(error))
     # A few bad rows are the ledger's business; a file of nothing but bad rows is a wrong configuration.
     return errors if len(errors) == min(_PROBED, len(source)) else []
-
-
-def parse(entry: object, folder: Path) -> tuple[SourceConfig | None, list[str]]:
-    """One YAML entry as a configuration, or every complaint about it."""
-    if not isinstance(entry, dict):
-        return None, [f"expected a mapping, got {entry!r}"]
-    names = [f.name for f in dataclasses.fields(SourceConfig)]
-    problems = [f"unknown field {k!r} (there are: {', '.join(names)})" for k in entry if k not in names]
-    kind = entry.get("kind")
-    if kind not in KINDS:
-        problems.append(f"kind: {kind!r} is none of {', '.join(KINDS)}")
-    weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        problems.append(f"weight: {weight!r} is not a positive number")
-    for key in ("path", "root", "name", "split"):
-        if entry.get(key) is not None and not isinstance(entry[key], str):
-            problems.append(f"{key}: {entry[key]!r} is not text")
-    for key in ("columns", "options"):
-        if not isinstance(entry.get(key, {}), dict):
-            problems.append(f"{key}: {entry[key]!r} is not a mapping")
-    problems += _demands(entry, kind)
-    if problems:
-        return None, problems
-    placed = {k: str(folder / entry[k]) for k in ("path", "root") if entry.get(k)}
-    return SourceConfig(**{**entry, **placed}), []
-
-
-def _demands(entry: Mapping[str, Any], kind: object) -> Sequence[str]:
-    """What a kind needs, and column names that mean nothing to it."""
-    if kind == "builtin":
-        return [] if entry.get("name") else ["a builtin source needs a name"]
-    problems = [] if entry.get("path") else [f"a {kind} source needs a path"]
-    columns = entry.get("columns", {})
-    if isinstance(kind, str) and kind in layouts.COLUMNS and isinstance(columns, dict):
-        known = layouts.COLUMNS[kind]
-        problems += [f"columns: {c!r} is none of {', '.join(known)}" for c in columns if c not in known]
-    return problems

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from accessory import config as configuration
 from accessory.backbone.llama import Llama
 from accessory.backbone.sizes import SIZES
 from accessory.data import tokenizer
-from accessory.data.sources import KINDS, SourceConfig
+from accessory.data.sources import FileConfig, read_configs
 from accessory.models import build
 from accessory.models.build import Model, ModelConfig
 from accessory.train.optim import _groups
@@ -61,12 +60,11 @@ def test_there_are_experiments() -> None:
 
 @pytest.mark.parametrize("path", DATA, ids=lambda p: p.stem)
 def test_data_configs_are_well_formed(path: Path) -> None:
-    rows = yaml.safe_load(path.read_text(encoding="utf-8"))["sources"]
-    assert rows
-    for row in rows:
-        source = configuration.build(row, SourceConfig, str(path))
-        assert source.kind in KINDS
-        assert source.path is None or (path.parent / source.path).is_file()
+    found, mistakes = read_configs(path)
+    assert mistakes == []
+    assert found
+    for _, source in found:
+        assert not isinstance(source, FileConfig) or Path(source.path).is_file()
 
 
 def test_a_wrong_pattern_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from accessory.data.encode import Encoder
 from accessory.data.loader import Loader
 from accessory.data.mixture import BLOCK, Ledger, Mixture
 from accessory.data.rows import RowRejected
-from accessory.data.sources import SourceConfig, open_source
+from accessory.data.sources import FileConfig, open_source
 from accessory.data.template import get
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def test_files_are_known_by_name_and_size(tmp_path: Path, encoder: Encoder) -> N
         folder.mkdir(exist_ok=True)
         row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]}
         (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        return Loader(Mixture([open_source(SourceConfig("messages", path=str(folder / "rows.jsonl")))]), encoder, 4)
+        return Loader(Mixture([open_source(FileConfig("messages", path=str(folder / "rows.jsonl")))]), encoder, 4)
 
     state = over(tmp_path / "a", "one").state_dict()
     over(tmp_path / "moved", "one").load_state_dict(state)

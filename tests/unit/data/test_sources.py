@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from accessory.data.rows import RowRejected
-from accessory.data.sources import Source, load_sources
+from accessory.data.sources import FileConfig, FileOptions, Source, load_sources, open_source
 from accessory.schema import Picture, Turn
 
 CONFIGS = Path(__file__).resolve().parents[3] / "data_configs"
@@ -32,11 +33,9 @@ def make(tmp_path: Path) -> Make:
     Image.new("RGB", (4, 4)).save(tmp_path / "root-twin" / "a.png")
 
     def build(kind: str, rows: list[Any], **entry: Any) -> Source:
-        from accessory.data.sources import SourceConfig, open_source
-
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        return open_source(SourceConfig(kind, path=str(file), root=str(root), **entry))  # type: ignore[arg-type]
+        return open_source(FileConfig(kind, path=str(file), root=str(root), **entry))  # type: ignore[arg-type]
 
     return build
 
@@ -76,7 +75,7 @@ def test_llava_pictures_stand_at_their_marks(make: Make) -> None:
 
 def test_image_first_puts_unmarked_pictures_at_the_start(make: Make) -> None:
     rows = [llava("What?", "A", image="a.png")]
-    assert shape(make("llava", rows, options={"image_first": True})[0].turns)[0] == ("u", ("<a.png>", "What?"))
+    assert shape(make("llava", rows, options=FileOptions(image_first=True))[0].turns)[0] == ("u", ("<a.png>", "What?"))
     with pytest.raises(RowRejected, match="0 <image> marks for 1 pictures"):
         make("llava", rows)[0]
 
@@ -163,20 +162,41 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"x": 1}\n{oops\n')
     (tmp_path / "text.json").write_text("hello")
     (tmp_path / "c.yaml").write_text(
-        "sources:\n- {kind: llava, path: gone.json}\n- {kind: odd, path: x, colour: red}\n"
+        "sources:\n- {kind: llava, path: gone.json}\n- {kind: odd, path: x}\n"
         "- {kind: alpaca, path: bad.jsonl}\n- {kind: alpaca, path: text.json, weight: -1, columns: {foo: bar}}\n"
         "- {kind: alpaca, path: text.json}\n- {kind: builtin}\n- 3\n"
+        "- {kind: llava, pth: 3, root: 4, weight: true, split: test, options: {image_frist: true}}\n"
+        "- {kind: builtin, name: nothing}\n- {kind: messages, path: '', weight: .inf}\n- {path: x}\n"
+        "- {kind: builtin, name: words-ocr, columns: {}, options: {turns: many}}\ncolour: red\n"
     )
-    with pytest.raises(ValueError, match="cannot be used") as caught:
+    with pytest.raises(ValueError, match=r"c\.yaml cannot be used") as caught:
         load_sources(tmp_path / "c.yaml")
-    text = str(caught.value)
-    for part in (
-        "source 0: no data file at", "source 1: unknown field 'colour'", "source 1: kind: 'odd'",
-        "bad.jsonl, row 0: no column 'instruction'", "bad.jsonl, row 1: not valid JSON", "source 3: weight: -1",
-        "source 3: columns: 'foo'", "source 4: ", "not valid JSON", "source 5: a builtin source needs a name",
-        "source 6: expected a mapping, got 3",
-    ):  # fmt: skip
-        assert part in text, part
+    lines = str(caught.value).splitlines()[1:]
+    wanted = (
+        "sources.0: no data file at",
+        "sources.1.kind: 'odd' is unknown; it is one of llava, ",
+        "sources.2: .*bad.jsonl, row 0: no column 'instruction'",
+        "sources.2: .*bad.jsonl, row 1: not valid JSON",
+        "sources.3: columns: 'foo' is none of instruction, .*; weight: -1.0 is not a positive number",
+        "sources.4: .*not valid JSON",
+        "sources.5.name: is missing",
+        "sources.6: wants a mapping with a kind .llava, .*builtin., not 3",
+        "sources.7.path: is missing",
+        "sources.7.pth: unknown name .did you mean path.",
+        "sources.7.root: .*not 4",
+        "sources.7.weight: .*not True",
+        "sources.7.split: unknown name",
+        "sources.7.options.image_frist: unknown name",
+        "sources.8: built-in set 'nothing' is unknown",
+        "sources.9: path: '' names no file; weight: inf is not",
+        "sources.10.kind: is missing",
+        "sources.11.columns: unknown name",
+        "sources.11.options.turns: .*not 'many'",
+        "colour: unknown name",
+    )
+    for pattern in wanted:
+        assert any(re.match(f"  {pattern}", line) for line in lines), f"{pattern} in {lines}"
+    assert len(lines) == len(wanted)
 
 
 @pytest.mark.parametrize("text", ["", "sources: {}", "{a: [", "3"])

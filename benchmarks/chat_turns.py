@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load(args.model, cache=args.cache, sampling=Sampling(max_new_tokens=args.max_new_tokens))
+    model = load(args.model, cache=args.cache, device="cpu", sampling=Sampling(max_new_tokens=args.max_new_tokens))
     lines = measure(model, args.turns, args.repeats)
     if args.json:
         print(json.dumps([asdict(x) for x in lines]))

@@ -159,6 +159,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A chat page about pictures")
     parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, or the name of a shipped model")
+    parser.add_argument(
+        "--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)"
+    )
     parser.add_argument("--cache", type=Path, help="cache folder of the assets")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port (default: 7860)")
@@ -173,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        model = load(args.model, cache=args.cache)
+        model = load(args.model, cache=args.cache, device=args.device)
         sessions = Sessions(model, args.sessions)
     except (ValueError, AssetError) as error:
         print(f"error: {error}", file=sys.stderr)

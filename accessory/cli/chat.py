@@ -36,6 +36,9 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--top-p", type=float, help="draw only from the likeliest words that reach this probability")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
     parser.add_argument("--seed", type=int, help="makes a temperature above 0 repeatable")
+    parser.add_argument(
+        "--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)"
+    )
     parser.add_argument("--cache", type=Path, help="cache folder of the assets")
     parser.set_defaults(main=main)
 
@@ -48,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    terminal = Terminal(load(args.model, cache=args.cache, sampling=sampling).new_chat())
+    terminal = Terminal(load(args.model, cache=args.cache, device=args.device, sampling=sampling).new_chat())
     for name in args.image:
         terminal.show(name)
     if args.ask:

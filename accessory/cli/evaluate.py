@@ -18,6 +18,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--controls", nargs="+", choices=CONTROLS, default=["none", "shuffled"], help="default: both")
     p.add_argument("--limit", type=int, metavar="N", help="ask only N questions of each set, spread evenly")
     p.add_argument("--batch-size", type=int, default=64)
+    p.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--cache", type=Path, help="asset cache")
     p.add_argument("--retrieval", action="store_true", help="also name emoji by nearest neighbour in the encoder")
@@ -31,11 +32,14 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.fast import accelerate_for_cpu
     from accessory.evaluate.score import TASKS, score
     from accessory.models.build import load
+    from accessory.parallel.groups import choose_device
     from accessory.serve.chat import find_model
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
     model = load(find_model(args.model), cache=args.cache)
+    model.net.to(device)
     accelerate_for_cpu(model.net.backbone)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +69,6 @@ def _retrieval(config: object, cache: Path | None, tuned: object) -> None:
     assert isinstance(config, ModelConfig)
     if config.tower is None or not isinstance(tuned, Tower):
         raise ValueError("--retrieval needs a model with a tower")
-    frozen = build_tower(config.tower, cache)
+    frozen = build_tower(config.tower, cache).to(tuned.mean.device)
     for name, tower in (("encoder as published", frozen), ("encoder of this model", tuned)):
         print(f"nearest neighbour, {name}: {100 * retrieval_accuracy(tower.eval(), cache):.1f} %", flush=True)

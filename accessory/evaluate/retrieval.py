@@ -16,15 +16,15 @@ from accessory.vision.tower import Tower
 
 @torch.inference_mode()
 def pooled(tower: Tower, style: str, cache: Path | None = None, batch_size: int = 128) -> Tensor:
-    """Mean tokens (num_concepts, C) of the plain drawings of one style."""
+    """Mean tokens (num_concepts, C) of the plain drawings of one style, on the CPU whatever the tower is on."""
     from PIL import Image
 
     drawn = emoji.pictures(style, cache=cache)
     out = []
     for start in range(0, len(drawn), batch_size):
         views = [emoji.plain(np.asarray(p), tower.size) for p in drawn[start : start + batch_size]]
-        tiles = torch.stack([to_tensor(Image.fromarray(v)) for v in views])
-        out.append(tower.tokens(tiles)[0].float().mean(1))
+        tiles = torch.stack([to_tensor(Image.fromarray(v)) for v in views]).to(tower.mean.device)
+        out.append(tower.tokens(tiles)[0].float().mean(1).cpu())
     return torch.cat(out)
 
 

@@ -119,14 +119,15 @@ def prompts(model: Model, rows: Sequence[Encoded]) -> Iterator[Tensor]:
     """Input vectors (T, D) of every row; the tiles of all rows are encoded together."""
     if model.net.resampler is not None:  # its prefix would be missing, and the score another model's
         raise ValueError("scores of models that see through a visual prefix (resampler) are not supported yet")
-    tiles = torch.cat([r.tiles for r in rows])
+    device = next(model.net.parameters()).device
+    tiles = torch.cat([r.tiles for r in rows]).to(device)
     features = model.net.encode(tiles) if model.net.projector is not None and len(tiles) else None
     at = 0
     for row in rows:
         n = len(row.tiles)
         mine = None if features is None or n == 0 else features[at : at + n]
         at += n
-        yield model.net.embed(row.ids[None], features=mine)[0]
+        yield model.net.embed(row.ids[None].to(device), features=mine)[0]
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

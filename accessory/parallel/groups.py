@@ -6,6 +6,7 @@ On one process none of this touches ``torch.distributed``: no group exists and e
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,13 +27,32 @@ class World:
     device: torch.device
 
 
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda`` (under torchrun the local rank's), ``cuda:N``; None is the best there is.
+
+    Raises:
+        ValueError: for another name, or a device that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = name or ("cuda" if count else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    wanted = re.fullmatch(r"cuda(?::([0-9]+))?", name)
+    if wanted is None:
+        raise ValueError(f"device {name!r} is unknown; it is cpu, cuda or cuda:N")
+    index = int(wanted[1] or os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        there = f"the last one is cuda:{count - 1}" if count else "torch finds no CUDA device on this machine"
+        raise ValueError(f"device cuda:{index} is not available: {there}")
+    return torch.device("cuda", index)
+
+
 def setup(device: str | None = None) -> World:
     """Join the group that torchrun describes in the environment; without torchrun there is none.
 
-    ``device`` None takes the local rank's CUDA device where there is one, else the CPU. gloo serves the CPU, nccl CUDA.
+    ``device`` as in :func:`choose_device`. gloo serves the CPU, nccl CUDA.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    where = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    where = choose_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():

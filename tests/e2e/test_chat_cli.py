@@ -54,7 +54,9 @@ def run(folder: Path, *more: str, stdin: str = "") -> subprocess.CompletedProces
 
 
 def test_ask_prints_the_answers_and_ends(folder: Path, cat: Path, answers: list[str]) -> None:
-    done = run(folder, "--image", str(cat), "--ask", QUESTIONS[0], "--ask", QUESTIONS[1], stdin="not read")
+    done = run(
+        folder, "--device", "cpu", "--image", str(cat), "--ask", QUESTIONS[0], "--ask", QUESTIONS[1], stdin="not read"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "".join(a + "\n" for a in answers)
 
@@ -116,13 +118,16 @@ def test_end_of_input_ends_well_without_a_last_newline(folder: Path) -> None:
         (["--model", "/nowhere"], "neither a model folder"),
         (["--image", "/nowhere/cat.png", "--ask", "x"], "no picture at /nowhere/cat.png"),
         (["--temperature", "-1", "--ask", "x"], "temperature"),
+        (["--device", "tpu", "--ask", "x"], "device 'tpu' is unknown"),
+        (["--device", "cuda", "--ask", "x"], "device cuda:0 is not available"),
         (["--ask", " "], "empty question"),
         (["--ask", "small red cat " * 300], "this turn alone takes"),
     ],
 )
 def test_mistakes_are_one_clear_line(
-    folder: Path, more: list[str], match: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, more: list[str], match: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["chat", "--model", str(folder), *more]) == 2
     error = capsys.readouterr().err
     assert match in error

@@ -22,7 +22,19 @@ def test_table_and_lines(
 ) -> None:
     stand_in(monkeypatch, 6)
     out = tmp_path / "deep" / "items.jsonl"
-    arguments = ["--model", str(folder), "--tasks", "emoji-names", "words-ocr", "--limit", "3", "--threads", "1"]
+    arguments = [
+        "--model",
+        str(folder),
+        "--tasks",
+        "emoji-names",
+        "words-ocr",
+        "--limit",
+        "3",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main(["evaluate", *arguments, "--controls", "none", "shuffled", "blind", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| task | pictures | right | of | accuracy | seconds |"
@@ -44,6 +56,8 @@ def test_table_and_lines(
     ("more", "said"),
     [
         (["--model", "/nowhere"], "neither a model folder"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+        (["--device", "cuda"], "device cuda:0 is not available"),
         (["--tasks", "emoji-nmaes"], "emoji-nmaes"),
         (["--tasks", "emoji-names", "--limit", "1"], "limit is 1"),
     ],
@@ -51,6 +65,7 @@ def test_table_and_lines(
 def test_mistakes_are_one_clear_line(
     folder: Path, more: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     if "--limit" in more:
         stand_in(monkeypatch, 6)
     assert main(["evaluate", "--model", str(folder), *more]) == 2

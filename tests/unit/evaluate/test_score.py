@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,30 @@ def test_what_the_model_is_fed_follows_the_picture(made: Model, monkeypatch: pyt
     together = list(prompts(made, own))
     for row, x in zip(own, together, strict=True):
         torch.testing.assert_close(x, made.net.embed(row.ids[None], row.tiles)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_go_to_the_device_of_the_model(made: Model) -> None:
+    seen: list[torch.device] = []
+
+    class Elsewhere:
+        """A network on the meta device, where there is nothing to compute."""
+
+        resampler, projector = None, made.net.projector
+
+        def parameters(self) -> Iterator[torch.Tensor]:
+            yield torch.empty(1, device="meta")
+
+        def encode(self, tiles: torch.Tensor) -> torch.Tensor:
+            seen.append(tiles.device)
+            return tiles
+
+        def embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+            seen.extend((ids.device, features.device))
+            return ids
+
+    rows = [made.encoder.encode(s) for s in asked(2)]
+    assert len(list(prompts(replace(made, net=Elsewhere()), rows))) == 2  # type: ignore[arg-type]
+    assert seen == [torch.device("meta")] * 5
 
 
 def test_limits_spread_and_are_checked(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:

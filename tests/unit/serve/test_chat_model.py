@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 from PIL import Image
 
 import accessory
 from accessory.backbone.generate import Sampling
-from accessory.models import build
 from accessory.models.build import Model
+from accessory.peft.attach import TrainSpec
 from accessory.serve import chat as chats
 from accessory.serve.chat import ChatModel, Sessions
 from tests.tiny import tiny_model, tiny_model_dir
@@ -78,11 +80,35 @@ def test_models_are_found_by_folder_or_shipped_name(folder: Path, monkeypatch: p
         chats.find_model("nowhere")
 
 
-@pytest.mark.parametrize(("dtype", "packed"), [("fp32", False), ("bf16", True)])
-def test_weights_are_packed_where_it_pays(tmp_path: Path, dtype: str, packed: bool) -> None:
-    from accessory.backbone.fast import accelerate_for_cpu
+def half(folder: Path, dtype: Literal["bf16", "fp32"] = "bf16") -> Path:
+    """A model folder whose backbone does not train, and so stays in ``dtype``."""
+    plain = tiny_model(folder).config
+    backbone = replace(plain.backbone, dtype=dtype)
+    return tiny_model_dir(folder, backbone=backbone, tuning=(TrainSpec(("projector.*",)),))
 
-    made = tiny_model(tmp_path)
-    backbone = made.net.backbone.to(build.DTYPES[dtype])
-    accelerate_for_cpu(backbone)
-    assert all((block.attention.fused is not None) is packed for block in backbone.layers)
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "packed"), [("fp32", "cpu", False), ("bf16", "cpu", True), ("bf16", "meta", False)]
+)
+def test_a_model_lies_on_its_device_and_is_packed_where_it_pays(
+    tmp_path: Path, dtype: Literal["bf16", "fp32"], device: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = half(tmp_path, dtype)
+    monkeypatch.setattr(chats, "choose_device", lambda name: torch.device(name))
+    net = chats.load(folder, device=device).model.net
+    assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {device}
+    assert all((block.attention.fused is not None) is packed for block in net.backbone.layers)
+
+
+def test_a_device_that_is_not_there_costs_no_loading(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device 'tpu' is unknown"):
+        chats.load(tmp_path / "nowhere", device="tpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_model_on_a_gpu_says_the_same(folder: Path) -> None:
+    picture = Image.effect_noise((50, 40), 60).convert("RGB")
+    there, here = (chats.load(folder, device=d, sampling=GREEDY).new_chat() for d in ("cuda", "cpu"))
+    for text, images in (("What is this?", [picture]), ("How many birds are there?", [])):
+        assert there.say(text, images) == here.say(text, images)

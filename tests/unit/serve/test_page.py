@@ -36,6 +36,14 @@ def test_a_refused_question_is_shown_but_was_never_asked() -> None:
     assert asked(later) == ["One?", "Three?"]
 
 
+def test_a_device_that_is_not_there_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--model", str(tiny_model_dir(tmp_path)), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: device cuda:0 is not available")
+
+
 def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 
 from accessory.backbone.llama import LlamaConfig
 from accessory.data import tokenizer as words
@@ -86,3 +87,12 @@ def tiny_model_dir(tmp_path: Path, *, seed: int = 0, **options: object) -> Path:
     folder = tmp_path / "tiny"
     build.save(tiny_model(tmp_path, seed=seed, train=True, **options), folder)
     return folder
+
+
+@torch.no_grad()
+def disturb(net: nn.Module, std: float = 0.1, seed: int = 1) -> None:
+    """Move everything that trains away from where it started (gates and deltas from zero)."""
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.add_(std * torch.randn(p.shape, generator=g))

@@ -1,37 +1,16 @@
 """GGUF files: dequantisation, config, conversion once."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from torch import Tensor
 
 from accessory.backbone import gguf, store, weights
-from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.nn.rope import RopeScaling, frequencies
-
-Writer = Callable[..., Path]
-TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=40)
-
-
-def model(config: LlamaConfig = TINY) -> Llama:
-    m = Llama(config).eval()
-    for p in m.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return m
-
-
-def logits(m: Llama) -> Tensor:
-    with torch.no_grad():
-        return m.logits(m(m.embed(torch.arange(20)[None])))
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from tests.tiny_backbone import TINY, equal, logits, model, write_gguf
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "F32", "BF16"])
@@ -60,7 +39,7 @@ def test_unsupported_quantisation_is_named() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
-def test_gguf_file_round_trips(tmp_path: Path, write_gguf: Writer, kind: str, tied: bool) -> None:
+def test_gguf_file_round_trips(tmp_path: Path, kind: str, tied: bool) -> None:
     m = model(dataclasses.replace(TINY, tie_embeddings=tied, rope_theta=1e5, norm_eps=1e-6))
     config, tensors = gguf.load_gguf(write_gguf(tmp_path / "x.gguf", m, kind), torch.float32)
     assert config == m.config
@@ -69,7 +48,7 @@ def test_gguf_file_round_trips(tmp_path: Path, write_gguf: Writer, kind: str, ti
     assert (error == 0) == (kind == "F32")
 
 
-def test_gguf_recovers_llama3_scaling_from_its_table(tmp_path: Path, write_gguf: Writer) -> None:
+def test_gguf_recovers_llama3_scaling_from_its_table(tmp_path: Path) -> None:
     scaling = RopeScaling("llama3", 8.0)
     config = dataclasses.replace(TINY, rope_scaling=scaling, rope_theta=5e5)
     plain, _ = frequencies(16, 5e5, None)
@@ -81,12 +60,12 @@ def test_gguf_recovers_llama3_scaling_from_its_table(tmp_path: Path, write_gguf:
         gguf.load_gguf(wrong)
 
 
-def test_gguf_of_another_architecture_is_named(tmp_path: Path, write_gguf: Writer) -> None:
+def test_gguf_of_another_architecture_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'mamba'"):
         gguf.load_gguf(write_gguf(tmp_path / "x.gguf", model(), arch="mamba"))
 
 
-def test_gguf_is_converted_once(tmp_path: Path, write_gguf: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "x.gguf", model())
     folder = gguf.cached_gguf(path, tmp_path / "cache")
     assert store.read_json(folder / "config.json")["format"] == "accessory"

@@ -4,38 +4,18 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from accessory.__main__ import main
 from accessory.backbone import hf, keys, meta, store, weights
-from accessory.backbone.llama import Llama, LlamaConfig
+from accessory.backbone.llama import Llama
 from accessory.backbone.sizes import SIZES
 from accessory.nn.linear import Linear
 from accessory.nn.rope import RopeScaling
-
-Writer = Callable[..., Path]
-TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=40)
-
-
-def model(config: LlamaConfig = TINY) -> Llama:
-    m = Llama(config).eval()
-    for p in m.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return m
-
-
-def logits(m: Llama) -> Tensor:
-    with torch.no_grad():
-        return m.logits(m(m.embed(torch.arange(20)[None])))
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from tests.tiny_backbone import TINY, equal, model, write_gguf
 
 
 def run(*args: object) -> int:
@@ -260,9 +240,7 @@ def test_convert_chain_keeps_every_bit(tmp_path: Path, capsys: pytest.CaptureFix
     assert "parameters (read as meta)" in capsys.readouterr().out
 
 
-def test_convert_casts_gguf_and_says_what_is_wrong(
-    tmp_path: Path, write_gguf: Writer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_casts_gguf_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_gguf(tmp_path / "x.gguf", model())
     assert run(path, tmp_path / "a", "--from", "gguf", "--dtype", "float16") == 0
     assert {p.dtype for p in weights.load_backbone(tmp_path / "a").parameters()} == {torch.float16}

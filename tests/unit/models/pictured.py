@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
 from accessory.data.collate import collate
 from accessory.data.tiling import TilingConfig
@@ -45,12 +43,3 @@ def model(folder: Path, **options: object) -> Model:
 
 def batch(made: Model, samples: list[Sample]) -> Batch:
     return collate([made.encoder.encode(s) for s in samples], made.tokenizer.pad_id)
-
-
-@torch.no_grad()
-def disturb(net: nn.Module, seed: int = 1) -> None:
-    """Move everything that trains away from where it started (gates and deltas from zero)."""
-    g = torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        if p.requires_grad:
-            p.add_(0.1 * torch.randn(p.shape, generator=g))

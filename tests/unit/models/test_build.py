@@ -26,8 +26,8 @@ from accessory.peft.attach import (
     trainable_state,
 )
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
-from tests.tiny import tiny_model_dir
-from tests.unit.models.pictured import TILING, batch, disturb, mixed, model
+from tests.tiny import disturb, tiny_model_dir
+from tests.unit.models.pictured import TILING, batch, mixed, model
 
 ALL = TrainSpec(("backbone.*", "projector.*", "tower.*"))
 SPECS: dict[str, tuple[TuningSpec, ...]] = {

@@ -12,7 +12,8 @@ from accessory.models.build import Model, ProjectorConfig, ResamplerConfig
 from accessory.models.mllm import MLLM
 from accessory.peft.attach import PrefixSpec, TrainSpec
 from accessory.tokens import IMAGE, IMAGE_END, IMAGE_START, SKIP
-from tests.unit.models.pictured import batch, disturb, mixed, model, picture, sample
+from tests.tiny import disturb
+from tests.unit.models.pictured import batch, mixed, model, picture, sample
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_peft import CONFIG, METHODS, inputs, make, randomise
 from torch import Tensor, nn
 
 from accessory.backbone.llama import Llama
@@ -23,6 +22,8 @@ from accessory.peft.attach import (
     load_trainable,
     trainable_state,
 )
+from tests.tiny import disturb
+from tests.tiny_peft import CONFIG, METHODS, inputs, make
 
 METHOD = pytest.mark.parametrize("name", METHODS)
 ALL = (METHODS["lora"], METHODS["prefix"], METHODS["bias"], METHODS["scale"], METHODS["norm"], METHODS["train"])
@@ -50,7 +51,7 @@ def test_attaching_changes_no_bit(name: str, dtype: torch.dtype, x: Tensor) -> N
 def test_values_matter_and_everything_trainable_gets_a_gradient(name: str, x: Tensor) -> None:
     model = make(METHODS[name])
     before = model(x)
-    randomise(model)
+    disturb(model, 0.3)
     after = model(x)
     assert (after - before).abs().max() > 1e-3
     after.square().sum().backward()
@@ -96,7 +97,7 @@ def test_an_existing_bias_trains_in_place_and_survives_detach() -> None:
 
 def test_round_trip_of_the_trainable_state(x: Tensor) -> None:
     source = make(*ALL)
-    randomise(source)
+    disturb(source, 0.3)
     state = {name: p.clone() for name, p in trainable_state(source).items()}
     target = make(*ALL)
     assert not torch.allclose(target(x), source(x), atol=1e-3)
@@ -125,7 +126,7 @@ def test_detach_restores_the_plain_model(x: Tensor) -> None:
     model = make()
     before, keys = model(x), set(model.state_dict())
     attach(model, [METHODS[n] for n in ("lora", "prefix", "bias", "scale")])
-    randomise(model)
+    disturb(model, 0.3)
     detach(model)
     assert torch.equal(model(x), before)
     assert set(model.state_dict()) == keys

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny_peft import METHODS, inputs, make, randomise
 from torch import Tensor
 
 from accessory.nn.linear import Linear
 from accessory.peft.attach import BiasSpec, LoraSpec, PrefixSpec, ScaleSpec, attached, detach, merge
 from accessory.peft.lora import LowRank, folding_error
 from accessory.peft.lora import merge as merge_linear
+from tests.tiny import disturb
+from tests.tiny_peft import METHODS, inputs, make
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_merging_keeps_the_outputs_and_empties_the_slots(
 ) -> None:
     model = make(LoraSpec(rank=3, alpha=6.0, dropout=0.2), ScaleSpec(), BiasSpec(), dtype=dtype)
     plain = model(x.to(dtype))
-    randomise(model)
+    disturb(model, 0.3)
     tuned = model(x.to(dtype))
     model.train()  # dropout must not disturb the comparison
     assert 0 < merge(model) < layer
@@ -70,7 +71,7 @@ def test_merging_keeps_the_outputs_and_empties_the_slots(
 
 def test_a_prefix_stays_and_sees_the_folded_weights(x: Tensor) -> None:
     model = make(LoraSpec(rank=2), ScaleSpec(), PrefixSpec(length=3))
-    randomise(model)
+    disturb(model, 0.3)
     before = model(x)
     assert 0 < merge(model) < 1e-5
     assert [spec.kind for spec in attached(model)] == ["prefix"]
@@ -88,7 +89,7 @@ def test_merging_nothing_is_exact(x: Tensor) -> None:
 
 def test_the_gate_refuses_what_does_not_fold_and_changes_nothing(x: Tensor) -> None:
     model = make(LoraSpec(rank=2))
-    randomise(model)
+    disturb(model, 0.3)
     bad = model.backbone.layers[2].feed_forward.w2
     bad.delta.a.weight.data[0, 0] = float("nan")
     first = model.backbone.layers[0].attention.wq.weight.clone()

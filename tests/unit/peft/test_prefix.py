@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from tiny_peft import CONFIG, inputs, make, randomise
 from torch import Tensor
 
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.nn.attention import Attention
 from accessory.peft.attach import LoraSpec, PrefixSpec, attach
 from accessory.peft.prefix import Gate, ZeroInitPrefix
+from tests.tiny import disturb
+from tests.tiny_peft import CONFIG, inputs, make
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_the_formula(kv_heads: int, gate: Gate, new_gate: bool, with_context: bo
 
 def test_context_reaches_the_prefix_and_differs_by_row(x: Tensor) -> None:
     model = make(PrefixSpec(length=4, layers=2))
-    randomise(model)
+    disturb(model, 0.3)
     context = torch.randn(2, 4, CONFIG.dim, requires_grad=True)
     y = model(x, context)
     assert (y - model(x)).abs().max() > 1e-3
@@ -80,7 +81,7 @@ def test_cached_equals_uncached(kv_heads: int) -> None:
     attach(model, [PrefixSpec(length=5, layers=2, new_gate=True), LoraSpec(rank=2)])
     ids, context = torch.randint(0, 50, (2, 9)), torch.randn(2, 5, 32)
     plain = model(model.embed(ids))
-    randomise(model)
+    disturb(model, 0.3)
     x = model.embed(ids)
     whole = model(x, context=context)
     cache = model.cache(2, 9)
@@ -100,7 +101,7 @@ def test_the_prefix_takes_no_position_and_uses_the_top_blocks() -> None:
 def test_the_prefix_goes_through_what_hangs_on_keys_and_values(x: Tensor) -> None:
     """With the prompt's own keys and values unchanged in size, LoRA on wv must change what the prefix returns."""
     model = make(PrefixSpec(length=4), LoraSpec(rank=2, targets=("wv",)))
-    randomise(model)
+    disturb(model, 0.3)
     attention = model.backbone.layers[0].attention
     q = torch.randn(1, 4, 2, 8)
     tuned = attention.prefix(q, attention, None)

@@ -17,7 +17,8 @@ from accessory.schema import Sample
 from accessory.tokens import IGNORE
 from accessory.train import objective
 from accessory.train.objective import AlignConfig, DialogueObjective, ObjectiveConfig, first_answer
-from tests.unit.models.pictured import batch, disturb, mixed, model, picture, sample
+from tests.tiny import disturb
+from tests.unit.models.pictured import batch, mixed, model, picture, sample
 
 NAMES = ("red cat", "green hat", "three birds", "moon")
 

@@ -13,7 +13,6 @@ from accessory.peft.attach import (
     TrainSpec,
     TuningSpec,
     attach,
-    trainable_state,
 )
 
 CONFIG = LlamaConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=50)
@@ -42,13 +41,6 @@ class Wrapped(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.backbone.logits(self.backbone(self.projector(x), context=context))
-
-
-def randomise(model: nn.Module, std: float = 0.3) -> None:
-    """Non-zero values in everything that trains."""
-    with torch.no_grad():
-        for p in trainable_state(model).values():
-            p.add_(torch.randn_like(p) * std)
 
 
 def make(*specs: TuningSpec, config: LlamaConfig = CONFIG, dtype: torch.dtype = torch.float32) -> Wrapped:

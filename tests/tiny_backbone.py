@@ -1,17 +1,34 @@
-"""Small GGUF files for tests."""
+"""A tiny backbone with weights that matter, and GGUF files of it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
 from accessory.backbone import gguf
-from accessory.backbone.llama import Llama
+from accessory.backbone.llama import Llama, LlamaConfig
+
+TINY = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=40)
 
 
-def _write(
+def model(config: LlamaConfig = TINY) -> Llama:
+    m = Llama(config).eval()
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return m
+
+
+def logits(m: Llama) -> Tensor:
+    with torch.no_grad():
+        return m.logits(m(m.embed(torch.arange(20)[None])))
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def write_gguf(
     path: Path, m: Llama, kind: str = "F32", extra: dict[str, Tensor] | None = None, arch: str = "llama"
 ) -> Path:
     """A file as llama.cpp's converter writes it."""
@@ -41,9 +58,3 @@ def _write(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-@pytest.fixture
-def write_gguf() -> Callable[..., Path]:
-    """The writer; a fixture, because test folders are no packages."""
-    return _write

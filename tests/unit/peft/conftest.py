@@ -1,6 +1,0 @@
-"""Makes the helper module beside these tests importable in every import mode of pytest."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Notes its arguments; a train verb leaves its final folder unless told to end as after a SIGTERM.
 PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" >>calls
+echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >patience
 case "$*" in
     *"$STOPPED"*) exit 0 ;;
     *exps/nano_align.yaml*) mkdir -p runs/nano_align/final ;;
@@ -56,10 +57,14 @@ def test_a_stage_that_was_stopped_ends_the_script(tmp_path: Path, stage: str, nu
     assert len(calls) == number
     code, _, calls = call(tmp_path)
     assert code == 0
+    trained = [c.split()[4] for c in calls if c.split()[3] == "train"]
+    assert trained == ["exps/nano_align.yaml", "exps/nano_sphinx.yaml"][number - 2 :]  # what is done is not done again
     assert "evaluate --model runs/nano_sphinx/final" in calls[-1]
 
 
-def test_several_processes(tmp_path: Path) -> None:
+def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     code, _, calls = call(tmp_path, NPROC="2")
     assert code == 0
+    assert (tmp_path / "patience").read_text() == "300\n"
     assert calls[1].startswith("torchrun --standalone --nproc-per-node 2 -m accessory train exps/nano_align.yaml")

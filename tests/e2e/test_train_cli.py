@@ -143,6 +143,17 @@ def test_what_the_system_refuses_is_one_line(
     assert capsys.readouterr().err == "error: [Errno 13] Permission denied: '/there'\n"
 
 
+def test_an_interrupt_before_the_run_listens_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("accessory.cli.train.main", interrupted)
+    try:
+        assert main(["train", "x.yaml"]) == 130
+    except KeyboardInterrupt:  # which would end the whole suite
+        pytest.fail("the interrupt came through")
+
+
 def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out

@@ -29,18 +29,12 @@ def main(args: argparse.Namespace) -> int:
     """Print a Markdown table; one line a task and control as it is done."""
     import torch
 
-    from accessory.backbone.fast import accelerate_for_cpu
     from accessory.evaluate.score import TASKS, score
-    from accessory.models.build import load
-    from accessory.parallel.groups import choose_device
-    from accessory.serve.chat import find_model
+    from accessory.serve.chat import load
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    model = load(find_model(args.model), cache=args.cache)
-    model.net.to(device)
-    accelerate_for_cpu(model.net.backbone)
+    model = load(args.model, cache=args.cache, device=args.device).model
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("", encoding="utf-8")

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from accessory.evaluate import score as scoring
-from accessory.evaluate.retrieval import nearest_accuracy
+from accessory.evaluate.retrieval import nearest_accuracy, pooled
 from accessory.evaluate.score import ScoreRow, answers, prompts, score
 from accessory.models.build import Model, ProjectorConfig, ResamplerConfig
 from accessory.peft.attach import PrefixSpec, TrainSpec
@@ -149,6 +150,22 @@ def test_nearest_neighbour_ignores_a_constant_offset() -> None:
     assert nearest_accuracy([drawn], queries) == 1
     assert nearest_accuracy([torch.randn(20, 8), drawn + 3], queries) == 1
     assert nearest_accuracy([drawn], queries.roll(1, 0)) == 0
+
+
+def test_drawings_go_to_the_device_of_the_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.device] = []
+
+    class Elsewhere:
+        size, mean = 8, torch.empty(3, device="meta")
+
+        def tokens(self, tiles: torch.Tensor) -> tuple[torch.Tensor]:
+            seen.append(tiles.device)
+            return (torch.zeros(len(tiles), 4, 5),)
+
+    drawn = [Image.new("RGBA", (8, 8), "red")] * 3
+    monkeypatch.setattr("accessory.data.emoji.pictures", lambda style, cache: drawn)
+    assert pooled(Elsewhere(), "any", batch_size=2).shape == (3, 5)  # type: ignore[arg-type]
+    assert seen == [torch.device("meta")] * 2
 
 
 def test_a_visual_prefix_is_never_left_out_of_a_score(

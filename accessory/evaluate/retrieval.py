@@ -28,18 +28,22 @@ def pooled(tower: Tower, style: str, cache: Path | None = None, batch_size: int 
     return torch.cat(out)
 
 
-def nearest_accuracy(references: list[Tensor], queries: Tensor) -> float:
+def nearest_accuracy(references: list[Tensor], queries: Tensor, *, centred: bool = False) -> float:
     """Share of queries (n, C) whose most similar reference row, over all sets (n, C), has the same row number.
 
-    Cosine similarity after subtracting the mean of the references (of the queries, for the queries): a constant
-    offset between drawing styles says nothing about what is drawn.
+    Cosine similarity. ``centred`` first subtracts the mean of its own set from every row, because a constant offset
+    between drawing styles says nothing about what is drawn. For the queries that is the mean of the whole test set:
+    more than a model that is shown one picture can know.
     """
-    bank = torch.cat([F.normalize(r - r.mean(0), dim=-1) for r in references])
-    found = (F.normalize(queries - queries.mean(0), dim=-1) @ bank.T).argmax(-1) % len(queries)
+    if centred:
+        references, queries = [r - r.mean(0) for r in references], queries - queries.mean(0)
+    bank = torch.cat([F.normalize(r, dim=-1) for r in references])
+    found = (F.normalize(queries, dim=-1) @ bank.T).argmax(-1) % len(queries)
     return float((found == torch.arange(len(queries))).float().mean())
 
 
-def retrieval_accuracy(tower: Tower, cache: Path | None = None) -> float:
-    """Top-1 of the unseen style against both training styles as references."""
+def retrieval_accuracy(tower: Tower, cache: Path | None = None) -> tuple[float, float]:
+    """Top-1 of the unseen style against both training styles as references: as it is, and with centred sets."""
     references = [pooled(tower, s, cache) for s in emoji.TRAIN_STYLES]
-    return nearest_accuracy(references, pooled(tower, emoji.TEST_STYLE, cache))
+    queries = pooled(tower, emoji.TEST_STYLE, cache)
+    return nearest_accuracy(references, queries), nearest_accuracy(references, queries, centred=True)

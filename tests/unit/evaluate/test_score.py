@@ -144,12 +144,14 @@ def test_accuracy_of_a_row() -> None:
     assert ScoreRow("t", "none", 3, 4, 1.0).accuracy == 0.75
 
 
-def test_nearest_neighbour_ignores_a_constant_offset() -> None:
+def test_nearest_neighbour_with_centred_sets_ignores_a_constant_offset() -> None:
     drawn = torch.randn(20, 8)
-    queries = drawn + 0.05 * torch.randn(20, 8) + 5
-    assert nearest_accuracy([drawn], queries) == 1
-    assert nearest_accuracy([torch.randn(20, 8), drawn + 3], queries) == 1
-    assert nearest_accuracy([drawn], queries.roll(1, 0)) == 0
+    near = drawn + 0.05 * torch.randn(20, 8)
+    assert nearest_accuracy([drawn], near) == 1
+    assert nearest_accuracy([drawn], near.roll(1, 0)) == 0
+    offset = near + torch.tensor([20.0, *[0.0] * 7])
+    assert nearest_accuracy([torch.randn(20, 8), drawn + 3], offset, centred=True) == 1
+    assert nearest_accuracy([drawn], offset) < 0.5
 
 
 def test_drawings_go_to_the_device_of_the_tower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.vision.projector import VisualWords
+
 
 class Aligner(nn.Module):
     """Classify pooled picture features by the token embeddings of a closed list of answers.
@@ -16,7 +18,8 @@ class Aligner(nn.Module):
     learns to read pictures from few samples. (LiT, Zhai et al. 2022, with the embedding table as the text tower.)
 
     Names that share words have class vectors close together, which teaches a tower slowly; a free linear ``head`` over
-    its pooled tokens (C channels) beside it teaches it fast; ``free_head`` False leaves it out.
+    its pooled tokens (C channels) beside it teaches it fast; ``free_head`` False leaves it out. A projector with as
+    many visual words as there are answers brings that head itself (``words``), and keeps it for reading.
     """
 
     classes: Tensor
@@ -49,15 +52,30 @@ class Aligner(nn.Module):
         self.classes.copy_(F.normalize(rows - self.centre, dim=-1))
         self.index = {tuple(a): i for i, a in enumerate(answers)}
 
+    @torch.no_grad()
+    def fill_words(self, words: VisualWords, answers: Sequence[Sequence[int]], embeddings: Tensor) -> None:
+        """Start the table of visual words at the answers' mean token embeddings, as far from the centre as a token is.
+
+        Raises:
+            ValueError: when there are not as many words as answers.
+        """
+        if len(words.table) != len(answers):
+            raise ValueError(f"projector.words is {len(words.table)}, the answers to align with are {len(answers)}")
+        rows = torch.stack([embeddings[list(a)].float().mean(0) for a in answers]) - self.centre
+        length = self.spread * rows.shape[1] ** 0.5
+        words.table.copy_(self.centre + F.normalize(rows, dim=-1) * length)
+
     def targets(self, answers: Sequence[Sequence[int]]) -> Tensor:
         """Class index of every answer, -100 for one that is not on the list."""
         return torch.tensor([self.index.get(tuple(a), -100) for a in answers], device=self.classes.device)
 
-    def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, tokens: Tensor, words: VisualWords | None = None) -> tuple[Tensor, ...]:
         """Class scores (N, num_classes) of projected features (N, P, D), then of tower tokens (N, P, C) by the head
-        where there is one."""
+        or by ``words`` where there are any."""
         pooled = features.float().mean(1) - self.centre
         scores = F.normalize(pooled, dim=-1) @ self.classes.T * self.log_scale.exp().clamp(max=100.0)
+        if words is not None:
+            return (scores, words.scores(tokens))
         return (scores,) if self.head is None else (scores, self.head(tokens.float().mean(1)))
 
 
@@ -76,7 +94,7 @@ def match_scale(aligner: Aligner, projector: nn.Module, features: Tensor) -> flo
     """
     centre = aligner.centre
     s = float(aligner.spread / (features.float() - centre).pow(2).mean().sqrt())
-    for part in projector.children():
+    for part in (p for p in projector.children() if not isinstance(p, VisualWords)):
         last = part[-1] if isinstance(part, nn.Sequential) else part
         if not isinstance(last, nn.Linear) or last.bias is None:
             raise ValueError(f"match_scale needs a projector that ends in linear layers, this one has {type(last)}")

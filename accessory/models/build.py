@@ -58,10 +58,12 @@ class TowerSource:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Features spliced into the sequence; ``start_end`` adds SPHINX's learned vectors around every tile."""
+    """Features spliced into the sequence; ``start_end`` adds SPHINX's learned vectors around every tile, ``words`` a
+    token of so many visual words at its end (:class:`accessory.vision.projector.VisualWords`)."""
 
     layers: Kind = "mlp"
     start_end: bool = False
+    words: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
     tower = None if config.tower is None else build_tower(config.tower, cache)
     projector = resampler = None
     if tower is not None and config.projector is not None:
-        projector = Projector(tower.groups, backbone.config.dim, config.projector.layers, config.projector.start_end)
+        p = config.projector
+        projector = Projector(tower.groups, backbone.config.dim, p.layers, p.start_end, p.words)
     if tower is not None and config.resampler is not None:
         r = config.resampler
         resampler = Resampler(tower.width, backbone.config.dim, r.length, width=r.width, depth=r.depth, heads=r.heads)

@@ -80,8 +80,12 @@ class DialogueObjective:
         if net.tower is None:
             raise ValueError("objective.align needs a model with a tower")
         width, free = net.tower.groups[0].width, self.config.align.free_head
-        net.aligner = Aligner(len(names), table.shape[1], width, free_head=free).to(table.device)
-        net.aligner.set_answers(names, table.detach())
+        words = None if net.projector is None else net.projector.words
+        aligner = Aligner(len(names), table.shape[1], width, free_head=free and words is None).to(table.device)
+        aligner.set_answers(names, table.detach())
+        if words is not None:
+            aligner.fill_words(words, names, table.detach())
+        net.aligner = aligner
 
     def __call__(self, model: MLLM, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]:
         """Loss sum and count (scalars), and metrics as sums over the count."""
@@ -126,7 +130,9 @@ class DialogueObjective:
         use = target != IGNORE
         if not bool(use.any()):
             return features.float().sum() * 0, 0, 0
-        heads = net.aligner(features[first[use]], tokens[first[use]])
+        assert net.projector is not None
+        shown = features[first[use], : net.projector.num_projected]
+        heads = net.aligner(shown, tokens[first[use]], net.projector.words)
         scores, smoothing = heads[0], self.config.align.smoothing
         parts = [F.cross_entropy(s, target[use], label_smoothing=smoothing) for s in heads]
         loss = torch.stack(parts).mean()

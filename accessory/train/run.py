@@ -146,7 +146,7 @@ def _match_scale(model: Model, source: Loader) -> None:
     if frozen := [n for n, p in net.projector.named_parameters() if not p.requires_grad]:
         raise ValueError(f"match_scale changes the projector, but {', '.join(frozen)} of it is frozen and not exported")
     with torch.no_grad():
-        features = net.encode(batch.tiles.to(net.aligner.centre.device))
+        features = net.encode(batch.tiles.to(net.aligner.centre.device))[:, : net.projector.num_projected]
     LOG.info("projected features scaled by %.3f", match_scale(net.aligner, net.projector, features))
 
 

@@ -13,23 +13,53 @@ from accessory.vision.tower import TokenGroup
 Kind = Literal["linear_norm", "mlp", "linear"]
 
 
+class VisualWords(nn.Module):
+    """One token a tile: the mean of a learned table's rows, weighted by how well each fits the whole tile.
+
+    A linear classifier over the tile's mean token gives the weights, so a language model reads what it shows as a word
+    of its own: the structural alignment of visual and textual embeddings of Ovis (Lu et al. 2024) for one pooled token.
+    """
+
+    def __init__(self, width: int, dim: int, num_words: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, num_words)
+        self.table = nn.Parameter(torch.randn(num_words, dim) * 0.02)
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """Logits (N, num_words) of tower tokens (N, P, width)."""
+        return self.head(tokens.to(self.table.dtype).mean(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, P, width) to (N, 1, D)."""
+        return (self.scores(tokens).softmax(-1) @ self.table)[:, None]
+
+
 class Projector(nn.Module):
     """Projects each token group and joins them: (N, T_tile, D).
 
-    Parameters are named ``<group>_proj.<n>``, so that group "visual" under "linear_norm" has SPHINX's names.
+    With ``words`` > 0 a last token follows, :class:`VisualWords` over the first group. Parameters are named
+    ``<group>_proj.<n>``, so that group "visual" under "linear_norm" has SPHINX's names.
     ``skip`` (D) stands for a blank tile; ``start_img`` and ``end_img`` (D) exist only with ``start_end``.
     """
 
     def __init__(
-        self, groups: Sequence[TokenGroup], dim: int, kind: Kind = "linear_norm", start_end: bool = False
+        self,
+        groups: Sequence[TokenGroup],
+        dim: int,
+        kind: Kind = "linear_norm",
+        start_end: bool = False,
+        words: int = 0,
     ) -> None:
         super().__init__()
         names = [g.name for g in groups]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"token groups need distinct names and at least one, got {names}")
+        if words < 0:
+            raise ValueError(f"words must not be negative, got {words}")
         self.groups, self.dim, self.kind, self.start_end = tuple(groups), dim, kind, start_end
         for group in groups:
             self.add_module(f"{group.name}_proj", _projection(group.width, dim, kind))
+        self.words = VisualWords(groups[0].width, dim, words) if words else None
         self.skip = nn.Parameter(torch.randn(dim) * 0.02)
         if start_end:
             self.start_img = nn.Parameter(torch.randn(dim) * 0.02)
@@ -38,6 +68,11 @@ class Projector(nn.Module):
     @property
     def num_tokens(self) -> int:
         """Tokens of one tile, without start and end."""
+        return self.num_projected + int(self.words is not None)
+
+    @property
+    def num_projected(self) -> int:
+        """Those that are projected one by one; they come first."""
         return sum(g.num_tokens for g in self.groups)
 
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:
@@ -51,6 +86,8 @@ class Projector(nn.Module):
                 raise ValueError(f"token group {group.name!r} has shape {tuple(x.shape)}, expected {want}")
             layer = self.get_submodule(f"{group.name}_proj")
             out.append(layer(x.to(self.skip.dtype)))
+        if self.words is not None:
+            out.append(self.words(tokens[0]))
         return torch.cat(out, dim=1)
 
 

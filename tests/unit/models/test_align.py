@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from accessory.models.align import Aligner
+from accessory.vision.projector import VisualWords
 
 NAMES = [[3, 4], [5], [6, 7, 8]]
 
@@ -46,3 +47,23 @@ def test_bad_answer_lists_are_refused() -> None:
         made.set_answers(NAMES[:2], table)
     with pytest.raises(ValueError, match="without a token"):
         made.set_answers([*NAMES[:2], []], table)
+
+
+def test_visual_words_start_at_the_answers_and_bring_the_second_head() -> None:
+    embeddings = torch.randn(30, 8) + 3
+    answers = [[1, 2], [5], [7, 8, 9]]
+    aligner = Aligner(3, 8, 6, free_head=False)
+    aligner.set_answers(answers, embeddings)
+    words = VisualWords(6, 8, 3)
+    aligner.fill_words(words, answers, embeddings)
+    away = words.table - aligner.centre
+    torch.testing.assert_close(torch.nn.functional.normalize(away, dim=-1), aligner.classes)
+    # as far from the centre as a token embedding is on average
+    usual = (embeddings - embeddings.mean(0)).pow(2).sum(-1).mean().sqrt()
+    torch.testing.assert_close(away.norm(dim=-1), usual.expand(3), rtol=0.05, atol=0)
+    tokens = torch.randn(4, 2, 6)
+    scores = aligner(torch.randn(4, 2, 8), tokens, words)
+    assert len(scores) == 2
+    torch.testing.assert_close(scores[1], words.scores(tokens))
+    with pytest.raises(ValueError, match=r"projector.words is 4, the answers to align with are 3"):
+        aligner.fill_words(VisualWords(6, 8, 4), answers, embeddings)

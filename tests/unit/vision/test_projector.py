@@ -100,3 +100,28 @@ def test_resampler_names_and_errors() -> None:
         res(torch.zeros(1, 2, 5))
     with pytest.raises(ValueError, match="width 16 a multiple of heads 5"):
         Resampler(12, 20, width=16, heads=5)
+
+
+def test_visual_words_follow_the_projected_tokens() -> None:
+    group = TokenGroup("visual", 6, 4)
+    projector = Projector([group], 5, "mlp", words=3)
+    assert (projector.num_projected, projector.num_tokens) == (4, 5)
+    tokens = torch.randn(2, 4, 6)
+    out = projector([tokens])
+    assert out.shape == (2, 5, 5)
+    words = projector.words
+    assert words is not None
+    with torch.no_grad():  # a head that is sure shows a word of the table as it is
+        words.head.weight.zero_()
+        words.head.bias.copy_(torch.tensor([0.0, 100.0, 0.0]))
+    torch.testing.assert_close(projector([tokens])[:, -1], words.table[1].expand(2, -1))
+    torch.testing.assert_close(projector([tokens])[:, :4], out[:, :4])
+    # The word is chosen by the whole tile: the order of its tokens does not matter, what they hold does.
+    with torch.no_grad():
+        words.head.weight.normal_()
+        words.head.bias.zero_()
+    word = projector([tokens])[:, -1]
+    torch.testing.assert_close(projector([tokens.flip(1)])[:, -1], word)
+    assert (projector([tokens + 1])[:, -1] - word).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="words must not be negative, got -1"):
+        Projector([group], 5, words=-1)

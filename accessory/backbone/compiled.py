@@ -35,8 +35,8 @@ class CompiledStep:
         self.broken = False
         # torch would check every module of the model again at every token, which costs a tenth of the step; ``key``
         # stands for all of that, and is made once an answer.
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._run = torch.compile(_step, fullgraph=True, options=options)
+        trusted = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        self._run = torch.compile(_step, fullgraph=True, options={"guard_filter_fn": trusted})
 
     def key(self, model: Llama) -> str | None:
         """Everything the graph depends on besides numbers, or None where the ordinary forward must run.

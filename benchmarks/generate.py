@@ -1,11 +1,12 @@
 """Prefill and decoding speed against transformers on the same weights, beside the machine's floors.
 
 ``python -m benchmarks.generate [--model FILE.gguf|FOLDER] [--threads N] [--dtype bfloat16]
-    [--repeats 5] [--new 64] [--cpu-time] [--json]``
+    [--repeats 5] [--new 64] [--compile] [--cpu-time] [--json]``
 
 Without ``--model`` the cached SmolLM2-135M is used if it is there, random weights of its shape otherwise (which take
 the same time). All contenders take turns in one process; the table shows medians. On a busy machine
-``--threads 1 --cpu-time`` counts only the seconds in which the process ran.
+``--threads 1 --cpu-time`` counts only the seconds in which the process ran. ``--compile`` adds a column for the
+compiled step, which decodes single sequences.
 """
 
 import argparse
@@ -54,6 +55,7 @@ class Line:
     accelerated: float
     linears: float
     floor: float
+    compiled: float | None = None
 
 
 def load(source: Path | None, dtype: torch.dtype) -> tuple[str, LlamaConfig, dict[str, Tensor]]:
@@ -155,6 +157,8 @@ def measure(config: LlamaConfig, tensors: dict[str, Tensor], args: argparse.Name
     hf = reference(config, tensors, dtype)
     models = {"eager": from_tensors(config, dict(tensors)), "accelerated": from_tensors(config, dict(tensors))}
     accelerate(models["accelerated"])
+    if args.compile:
+        models["compiled"] = accelerate(from_tensors(config, dict(tensors)), compile=True)
     clock = time.process_time if args.cpu_time else time.perf_counter
     floors = rates(interleaved(floor_runs(dtype), args.repeats, clock))
     contest = Contest(hf, models, floors, args.repeats, clock)
@@ -186,6 +190,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new", type=int, default=64, help="tokens to decode after a prompt of 64")
+    parser.add_argument("--compile", action="store_true", help="also decode with the compiled step")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds; needs --threads 1")
     args = parser.parse_args()
@@ -205,12 +210,14 @@ def main() -> None:
         f"Floors: memory copy {floors['copy_gb_s']:.1f} GB/s, read {floors['read_gb_s']:.1f} GB/s, "
         f"matrix product {floors['matmul_gflop_s']:.0f} GFLOP/s.\n"
     )
-    print("| | transformers | ours | ratio | ours, accelerated | ratio | linears alone | machine floor |")
-    print("|---|---|---|---|---|---|---|---|")
+    more = ("| compiled | ratio ", "|---|---") if args.compile else ("", "")
+    print(f"| | transformers | ours | ratio | ours, accelerated | ratio {more[0]}| linears alone | machine floor |")
+    print(f"|---|---|---|---|---|---{more[1]}|---|---|")
     for x in result["lines"]:
+        compiled = "" if x.compiled is None else f"| {x.compiled:.1f} | {x.compiled / x.transformers:.2f} "
         print(
             f"| {x.task} | {x.transformers:.1f} | {x.eager:.1f} | {x.eager / x.transformers:.2f} | {x.accelerated:.1f} "
-            f"| {x.accelerated / x.transformers:.2f} | {x.linears:.1f} | {x.floor:.1f} |"
+            f"| {x.accelerated / x.transformers:.2f} {compiled}| {x.linears:.1f} | {x.floor:.1f} |"
         )
     print(
         "\nGreedy tokens equal to transformers', batch 8: "

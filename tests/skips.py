@@ -15,6 +15,7 @@ ALLOWED = (
     (r"chromium|playwright", 10),
     (r"the golden data is not beside this checkout", 40),
     (r"not a git checkout", 2),
+    (r"no C\+\+ compiler", 10),
 )
 
 

@@ -1,4 +1,5 @@
-"""Faster inference with the same forward: products are packed for the CPU and fused where they share an input.
+"""Faster inference with the same forward: products are packed for the CPU and fused where they share an input; on
+request single tokens take a compiled step.
 
 Nothing else changes: slots of the existing layers are filled, and every tuning method (LoRA, bias, scale, prefix)
 keeps working on top. Measured by ``benchmarks/generate.py``.
@@ -6,6 +7,7 @@ keeps working on top. Measured by ``benchmarks/generate.py``.
 
 import torch
 
+from accessory.backbone.compiled import CompiledStep
 from accessory.backbone.llama import Llama
 from accessory.nn.attention import Attention
 from accessory.nn.feed_forward import FeedForward
@@ -14,13 +16,15 @@ from accessory.nn.packed import Packed
 
 
 @torch.no_grad()
-def accelerate(model: Llama) -> Llama:
+def accelerate(model: Llama, compile: bool = False) -> Llama:
     """Fill the inference slots of ``model`` in place, and return it; its state dict does not change.
 
     Costs a second copy of the weights of the blocks and of the output table. The copies are used only while gradients
     are off; a weight that is replaced or written later is noticed and its layer computes from the weight itself until
     :func:`accelerate` is called again. Weights of classes other than :class:`Linear` (tensor parallel, quantised) are
-    left alone. Call :func:`release` before moving the model to another device or dtype.
+    left alone. ``compile``: also decode single sequences by a compiled step, see
+    :class:`accessory.backbone.compiled.CompiledStep`; the first answer waits for the compiler. Call :func:`release`
+    before moving the model to another device or dtype.
     """
     for module in list(model.modules()):
         if isinstance(module, Attention) and _plain(module.wq, module.wk, module.wv):
@@ -33,6 +37,7 @@ def accelerate(model: Llama) -> Llama:
         model.output.kernel = _packed(model.output)
     else:
         model.output_kernel = Packed((model.tok_embeddings.weight,))
+    model.step = CompiledStep() if compile else None
     return model
 
 
@@ -49,7 +54,7 @@ def release(model: Llama) -> Llama:
             module.fused = None
         elif isinstance(module, Linear):
             module.kernel = None
-    model.output_kernel = None
+    model.output_kernel = model.step = None
     return model
 
 

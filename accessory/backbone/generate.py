@@ -146,7 +146,8 @@ def stream(
         raise ValueError(f"cannot continue an empty prompt, got x of shape {tuple(x.shape)}")
     needed = t + max(s.max_new_tokens for s in samplings) - 1
     if cache is None:
-        cache = model.cache(batch, needed)
+        # A compiled step leaves one position free.
+        cache = model.cache(batch, needed if model.step is None else needed + 1)
     elif cache.length + needed > cache.max_length:
         raise ValueError(
             f"{cache.length} cached positions, {t} new ones and max_new_tokens {needed - t + 1} need "
@@ -164,17 +165,29 @@ def stream(
 def _steps(
     model: Llama, x: Tensor, mask: Tensor | None, cache: KVCache, rows: list[_Row]
 ) -> Iterator[list[int | None]]:
+    # Only the last position is scored: a vocabulary row for each prompt token would cost more than the prompt.
+    scores = model.logits(model(x, mask=mask, cache=cache)[:, -1:])
+    key = None if model.step is None or mask is not None else model.step.key(model)
     while True:
-        # Only the last position is scored: a vocabulary row for each prompt token would cost more than the prompt.
-        last = model.logits(model(x, mask=mask, cache=cache)[:, -1:])[:, 0].float()
+        last = scores[:, 0].float()
         tokens = [None if row.done else row.choose(last[i]) for i, row in enumerate(rows)]
         yield tokens
         if all(row.done for row in rows):
             return
         fed = torch.tensor([[0 if token is None else token] for token in tokens], device=x.device)
-        x = model.embed(fed)
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
+        scores = _next(model, fed, mask, cache, key)
+
+
+def _next(model: Llama, ids: Tensor, mask: Tensor | None, cache: KVCache, key: str | None) -> Tensor:
+    """Scores (B, 1, V) after ``ids`` (B, 1), compiled where a ``key`` says that the model has such a step."""
+    step = model.step
+    if key is not None and step is not None and step.covers(model, ids, cache):
+        scores = step(key, model, ids, cache)
+        if scores is not None:
+            return scores
+    return model.logits(model(model.embed(ids), mask=mask, cache=cache))
 
 
 def generate(

@@ -1,20 +1,22 @@
 """The LLaMA family, once: every published member is a value of :class:`LlamaConfig`."""
 
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.nn.attention import Attention
 from accessory.nn.block import Block
 from accessory.nn.cache import KVCache
 from accessory.nn.feed_forward import Activation, FeedForward, ffn_width
-from accessory.nn.linear import Linear
+from accessory.nn.linear import Linear, product
 from accessory.nn.norm import RMSNorm
 from accessory.nn.packed import Packed
 from accessory.nn.rope import RopeScaling, table
+
+if TYPE_CHECKING:
+    from accessory.backbone.compiled import CompiledStep
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,12 @@ class Llama(nn.Module):
     """A sequence of vectors in, a sequence of vectors out: no ids, no images and no loss in :meth:`forward`.
 
     Slot ``output_kernel``: the tied table as output projection, packed (:mod:`accessory.backbone.fast`).
+    Slot ``step``: the forward and :meth:`logits` for one more token, compiled (:mod:`accessory.backbone.compiled`).
     """
 
     output: Linear | None
     output_kernel: Packed | None
+    step: "CompiledStep | None"
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -97,6 +101,7 @@ class Llama(nn.Module):
         # Registered either way, so that "tied" is visible as a missing key and not as a second copy of the table.
         self.register_module("output", None if c.tie_embeddings else Linear(c.dim, c.vocab_size))
         self.register_module("output_kernel", None)
+        self.step = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings: (B, T) -> (B, T, D). Placeholders (negative ids) get row 0, to be overwritten."""
@@ -110,7 +115,7 @@ class Llama(nn.Module):
         tied = self.tok_embeddings.weight
         if self.output_kernel is not None and self.output_kernel.fits(tied):
             return self.output_kernel(h)[0]
-        return F.linear(h, tied)
+        return product(h, tied)
 
     def cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache of the right shape, dtype and device for ``batch`` rows of ``max_length`` positions."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of all layers, (layers, B, K, S, A), allocated once for S positions.
+    """Keys and values, (B, K, S, A) for every layer, allocated once for S positions.
 
     A forward writes its T new positions with :meth:`append`, layer by layer, and :meth:`advance` moves the end once.
     :meth:`truncate` forgets the newest positions, so that a chat can drop the tail that it does not share with the
@@ -22,15 +22,25 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (n_layers, batch, n_kv_heads, max_length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch, n_kv_heads, max_length, head_dim)
+        # One buffer a layer: in a compiled step, writing one layer of a joint buffer copies it all. Ordinary tensors
+        # also in inference mode, because a step compiled for the one kind would be compiled again for the other.
+        with torch.inference_mode(False):
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.length = 0
+
+    @classmethod
+    def over(cls, keys: list[Tensor], values: list[Tensor], length: int) -> "KVCache":
+        """A cache of ``length`` positions over existing buffers (B, K, S, A), which it shares."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.length = keys, values, length
+        return cache
 
     @property
     def max_length(self) -> int:
         """Positions that fit."""
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, A) after the cached positions of ``layer``; return all so far, (B, K, length + T, A).
@@ -41,7 +51,7 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions, {end} are needed")
-        # View by view: an index of four parts costs several times as much, for every layer and token.
+        # View by view: an index of three parts costs several times as much, for every layer and token.
         keys, values = self.keys[layer], self.values[layer]
         keys.narrow(2, self.length, k.shape[2]).copy_(k)
         values.narrow(2, self.length, k.shape[2]).copy_(v)

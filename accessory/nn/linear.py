@@ -1,5 +1,6 @@
 """The one linear layer: a weight, and the slots that tuning methods fill."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class Linear(nn.Linear):
         if kernel is not None and kernel.fits(self.weight):
             return self.finish(kernel.joined(x), x)
         # What tuning adds may be kept in fp32 on a bf16 layer, so it is cast on use.
-        y = F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        y = product(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         return self._adapt(y, x)
 
     @property
@@ -51,3 +52,19 @@ class Linear(nn.Linear):
         if self.scale is not None:
             y = y * self.scale.to(y.dtype)
         return y
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``W x + b``: (..., in) -> (..., out).
+
+    While a graph for a CPU is traced, the product of a single vector is spelled as the sum that it is: the compiler
+    makes a loop of it that reads the weights at memory speed, which the matrix kernels do not reach for one row.
+    """
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() != x.shape[-1]:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    # as_strided keeps the compiler from computing the vector (a norm, a gate) anew for every row of the weight.
+    row = x.float().as_strided(x.shape[-1:], (1,))
+    y = (weight.float() * row).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias

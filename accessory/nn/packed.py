@@ -31,8 +31,8 @@ class Packed(nn.Module):
 
     def fits(self, *weights: Tensor) -> bool:
         """Whether this is the product of exactly these unchanged ``weights``, and no gradient is wanted."""
-        if torch.is_grad_enabled():
-            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False  # a compiler lays the product out itself
         for weight, source, version in zip(weights, self._sources, self._versions, strict=True):
             if weight is not source or weight._version != version:
                 return False

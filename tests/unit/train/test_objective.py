@@ -102,7 +102,9 @@ def test_the_first_picture_of_named_rows_is_aligned(made: Model, monkeypatch: py
     seen: list[Tensor] = []
     aligner = made.net.aligner
     assert aligner is not None
-    monkeypatch.setattr(aligner, "forward", lambda f, t, w, real=aligner.forward: (seen.append(f), real(f, t, w))[1])
+    monkeypatch.setattr(
+        aligner, "forward", lambda f, t, w=None, real=aligner.forward: (seen.append(f), real(f, t, w))[1]
+    )
     total, count, metrics = found(made.net, b)
     # tiles: row 1 has number 0; row 2 numbers 1 to 4; row 3 begins at 5
     torch.testing.assert_close(seen[0], made.net.encode(b.tiles)[[0, 5]])

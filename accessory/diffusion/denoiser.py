@@ -48,6 +48,8 @@ class Steering:
         gate_threshold: text heads with abs(tanh(gate)) below it are left out.
         regions: prompts of regions; ``region_condition`` holds their rows.
         region_condition: one row for every prompt that ``regions`` names.
+        halves: parts of equal length that the batch consists of: 2 where guidance stacks [conditional; unconditional].
+            Shared attention stays within each of them, and regions rule the first one alone.
     """
 
     rope_scale: float = 1.0
@@ -58,6 +60,7 @@ class Steering:
     gate_threshold: float = 0.0
     regions: Sequence[Region] = ()
     region_condition: Condition | None = None
+    halves: int = 1
 
 
 class Denoiser(Protocol):

@@ -14,16 +14,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.conform import text
+from tools.conform import dit, dream, sampling, text, transport
 from tools.conform.comparison import Comparison, Handler, UnsupportedError
 
-HANDLERS: dict[str, Handler] = {**text.HANDLERS}
+HANDLERS: dict[str, Handler] = {
+    **dit.HANDLERS,
+    **dream.HANDLERS,
+    **sampling.HANDLERS,
+    **text.HANDLERS,
+    **transport.HANDLERS,
+}
 
 
 def run_case(folder: Path) -> tuple[str, str]:
     """Verdict (passed, failed or unsupported) and the line that explains it."""
     config = json.loads((folder / "config.json").read_text())
-    reference = config.get("reference_class", "no reference_class")
+    # A case without a model is known by its own name.
+    reference = config.get("reference_class") or config.get("case", "no reference_class")
     handler = HANDLERS.get(reference)
     if handler is None:
         return "unsupported", f"{folder.name}: unsupported ({reference})"

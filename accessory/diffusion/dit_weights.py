@@ -146,14 +146,13 @@ def _experts(tensors: Mapping[str, Tensor], first: set[str], dim: int, width: in
     return Experts(time=one) if by_time else Experts(space=one)
 
 
-def check(config: FlagDiTConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes of ``tensors`` with a model of ``config``.
+def check(model: FlagDiT, tensors: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of ``tensors`` with those of a model (which may be on ``meta``).
 
     Raises:
         ValueError: listing everything that is missing, left over or of another shape.
     """
-    with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in FlagDiT(config).state_dict().items()}
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     problems = [f"missing: {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in wanted]
     for name, tensor in tensors.items():
@@ -173,10 +172,9 @@ def from_tensors(
         ValueError: for everything that does not fit.
     """
     state = published(tensors)
-    config = infer_config(state, **known) if config is None else config
-    check(config, state)
     with torch.device("meta"):
-        model = FlagDiT(config)
+        model = FlagDiT(infer_config(state, **known) if config is None else config)
+    check(model, state)
     model.load_state_dict({name: t if dtype is None else t.to(dtype) for name, t in state.items()}, assign=True)
     return model.requires_grad_(True)
 
@@ -280,7 +278,11 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(
             f"diffusers has no place for {len(homeless)} keys; only Next-DiT T2I fits: {', '.join(homeless)}"
         )
-    return {other: tensor for name, tensor in state.items() for other in _names(name)}
+    out = {}
+    for name, tensor in state.items():
+        # Twins are copies, because a file cannot hold one tensor under two names.
+        out |= {other: tensor.clone() if i else tensor for i, other in enumerate(_names(name))}
+    return out
 
 
 def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

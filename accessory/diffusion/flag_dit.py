@@ -74,7 +74,8 @@ class FlagDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         for name in ("eol_token", "eof_token", "pad_token"):
             self.register_parameter(name, nn.Parameter(torch.empty(config.dim)) if getattr(config, name) else None)
-        self.initialise()
+        if not self.x_embedder.weight.is_meta:
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -278,7 +279,7 @@ class FlagDiT(nn.Module):
     def _view(self, where: Plan, t: Tensor, s: Steering, batch: int) -> View:
         """The rotary table, the mask and the scale of self-attention."""
         c = self.config
-        if c.rope_axes == 2 and bool((where.sizes[:, 0] > 1).any()):
+        if c.rope_axes == 2 and any(len(shape) == 3 and shape[0] > c.patch[0] for shape in where.shapes):
             raise ValueError("a rotary table of rows and columns cannot tell frames apart: use rope_axes 1 or 3")
         # The sequence's own numbers, or the last axes of frame, row, column.
         steps = torch.arange(where.length, device=t.device)[None, :, None]

@@ -156,7 +156,7 @@ def test_padding_is_not_seen(case: Case) -> None:
         torch.testing.assert_close(tensor(ours(x[i : i + 1], case.t[i : i + 1], short))[0], y[i], **TOL)
     assert (tensor(ours(x, case.t, c)) - y).abs().max() > 1e-4
     # the same text padded on the left is the same text
-    left = replace(padded, seq=c.seq.clone(), mask=mask.flip(1))
+    left = replace(padded, seq=torch.full_like(c.seq, 3.0), mask=mask.flip(1))
     assert left.seq is not None
     for i, n in enumerate(counts):
         left.seq[i, 5 - n :] = c.seq[i, :n]

@@ -162,7 +162,8 @@ class DiTAttention(nn.Module):
         # Query head h is served by key head h // (H / K).
         served = heads // (q.shape[1] // keys[0].shape[1])
         found = text.attend(q[:, heads], (keys[0][:, served], keys[1][:, served]))
-        return torch.zeros_like(q).index_copy(1, heads, gate[heads] * found)
+        found = gate[heads] * found
+        return found.new_zeros(q.shape).index_copy(1, heads, found)
 
 
 def _shared(x: Tensor, halves: int) -> Tensor:

@@ -278,7 +278,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(
             f"diffusers has no place for {len(homeless)} keys; only Next-DiT T2I fits: {', '.join(homeless)}"
         )
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         # Twins are copies, because a file cannot hold one tensor under two names.
         out |= {other: tensor.clone() if i else tensor for i, other in enumerate(_names(name))}

@@ -34,5 +34,6 @@ class MoEFeedForward(nn.Module):
         for number, expert in enumerate(self.experts):
             row, rank = (chosen == number).nonzero(as_tuple=True)
             if len(row):
-                out = out.index_add(0, row, expert(rows[row]) * weights[row, rank, None, None])
+                found = expert(rows[row]) * weights[row, rank, None, None]
+                out = out.index_add(0, row, found.to(out.dtype))
         return out.view_as(x)

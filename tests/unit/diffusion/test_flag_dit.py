@@ -12,6 +12,7 @@ from accessory.diffusion.denoiser import Steering
 from accessory.diffusion.dit_ends import time_waves
 from accessory.diffusion.dit_fast import accelerate, release
 from accessory.diffusion.flag_dit import FlagDiT
+from accessory.peft.attach import LoraSpec, attach, trainable_state
 from accessory.train.blocks import checkpoint_blocks
 from tests.unit.diffusion.dits import FLAG, KINDS, LABEL, NEXT, far, noise, randomised, told
 
@@ -219,6 +220,38 @@ def test_half_precision_stays_near_fp32() -> None:
             half = model.bfloat16()(x, t, told(config, 2))
         assert half.dtype == torch.float32
         assert far(half, full) < 0.06 * full.abs().max()
+
+
+def test_tuning_hangs_on_the_same_slots() -> None:
+    model, x, t, condition = randomised(NEXT), noise(2, 4, 4, 4), torch.tensor([0.3, 0.6]), told(NEXT, 2)
+    with torch.no_grad():
+        plain = model(x, t, condition)
+        attach(model, (LoraSpec(rank=2, targets=("wq", "wk_y", "wv_y", "w2")),))
+        assert torch.equal(model(x, t, condition), plain)
+        added = trainable_state(model)
+        assert len(added) == 2 * 2 * 4
+        for p in model.parameters():
+            p.data.add_(0.3 * p.requires_grad)
+    tuned = model(x, t, condition)
+    assert far(tuned, plain) > 1e-3
+    tuned.square().mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        assert far(accelerate(model)(x, t, condition), tuned) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["flag", "next", "moe_space", "moe_time"])
+def test_autocast_computes_all_of_it(kind: str) -> None:
+    config, model = KINDS[kind], randomised(KINDS[kind])
+    x, t, condition = [noise(4, 4, 4), noise(4, 6, 4)], torch.tensor([0.3, 0.6]), told(config, 2)
+    steering = Steering(gate_threshold=0.2 if config.text_dim else 0.0)
+    with torch.no_grad():
+        full = model(x, t, condition, steering=steering)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(x, t, condition, steering=steering)
+    for a, b in zip(full, mixed):
+        assert b.dtype == torch.float32
+        assert 0 < far(a, b) < 0.1 * a.abs().max()
 
 
 def test_wrong_calls_are_refused() -> None:

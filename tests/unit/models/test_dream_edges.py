@@ -41,6 +41,23 @@ def test_the_trigger_is_learned_beside_a_frozen_table() -> None:
     assert float(bridge.start.grad.abs().max()) > 0
 
 
+@torch.no_grad()
+def test_every_vector_of_a_span_is_where_it_belongs() -> None:
+    net = mllm()
+    a, b = text(3, 2)
+    for trigger in (None, 17):
+        bridge = dream(net=net, trigger=trigger)
+        ids = torch.stack([document(bridge, a, None, b), document(bridge, b, None, a)])
+        x, table = bridge.embed(ids), net.backbone.tok_embeddings.weight
+        start = table[17] if trigger is not None else bridge.start
+        assert start is not None
+        span = torch.cat((start[None], bridge.queries, bridge.end[None]))
+        assert torch.equal(x[0], torch.cat((table[a], span, table[b])))
+        assert torch.equal(x[1], torch.cat((table[b], span, table[a])))
+        assert bridge.logits(x).shape[-1] == VOCAB + (trigger is None)
+        assert bridge.targets(torch.tensor([DREAM_START, 4, IGNORE])).tolist() == [bridge.trigger_id, 4, IGNORE]
+
+
 def test_the_loss_weighs_its_parts() -> None:
     one, two = torch.tensor(2.0), torch.tensor(3.0)
     assert float(DreamLossConfig().total(one, two)) == 32.0

@@ -140,8 +140,6 @@ def run(
     plan.set_timesteps(steps, device=device_of(x))
     first = skipped * getattr(plan, "order", 1)
     timesteps = plan.timesteps[first:]
-    if first and hasattr(plan, "set_begin_index"):
-        plan.set_begin_index(first)
     if source is None:
         rows = [part * getattr(plan, "init_noise_sigma", 1.0) for part in x]
     elif hasattr(plan, "scale_noise"):  # the name that flow schedulers have for it

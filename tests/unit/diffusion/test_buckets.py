@@ -50,6 +50,8 @@ def test_a_crop_is_of_the_size_and_inside() -> None:
     assert plan.halved == ((150, 100),)
     assert plan.resized == (144, 96)
     assert plan.room == (48, 0)
+    assert plan_crop(192, 192, (96, 96)).halved == ((96, 96),)
+    assert plan_crop(191, 400, (96, 96)).halved == ()
     cuts = [np.asarray(crop(image, (96, 96), np.random.default_rng(seed))).astype(int) for seed in range(12)]
     assert {cut.shape for cut in cuts} == {(96, 96, 3)}
     lefts = {int(cut[:, 0, 0].mean()) for cut in cuts}

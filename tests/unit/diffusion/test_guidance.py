@@ -8,6 +8,7 @@ from torch import Tensor
 
 from accessory.diffusion.condition import Condition
 from accessory.diffusion.denoiser import Region, Steering
+from accessory.diffusion.flag_dit import FlagDiT, FlagDiTConfig
 from accessory.diffusion.guidance import Guidance, Guided
 from tests.unit.diffusion.gaussian import Gaussian, told
 
@@ -70,6 +71,7 @@ def test_the_interval_saves_calls() -> None:
     guided = Guided(network, CONDITION, NULL, Guidance(3.0, interval=(0.25, 0.75)))
     outs = [guided(X, T, p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert network.asked == [2, 4, 4, 4, 2]
+    assert [Guidance(s, interval=(0.5, 1.0)).acts(0.7) for s in (1.0, 2.0)] == [False, True]
     assert torch.equal(outs[0], ask(None))
     assert not torch.equal(outs[1], ask(None))
 
@@ -123,6 +125,58 @@ def test_steering_knows_whose_rows_are_whose() -> None:
     network = Gaussian()
     Guided(network, CONDITION, NULL, Guidance(3.0), Steering(rope_scale=2.0))(X, T, 0.3)
     assert network.steerings == [Steering(rope_scale=2.0)]
+
+
+def tiny() -> FlagDiT:
+    """A small network that reads text, with nothing left at zero."""
+    model = FlagDiT(FlagDiTConfig(dim=24, n_layers=2, n_heads=3, multiple_of=8, text_dim=6))
+    for i, parameter in enumerate(model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def words(*lengths: int) -> Condition:
+    seq = torch.randn(len(lengths), max(lengths), 6)
+    return Condition(seq=seq, mask=torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None])
+
+
+@pytest.mark.parametrize("tied", ["shared", "regions", "none"])
+def test_a_doubled_batch_is_two_calls_whatever_the_steering(tied: str) -> None:
+    """Pictures that see each other, and prompts of regions: the unconditional rows must not be among them."""
+    model, condition, null = tiny(), words(4, 2), words(1)
+    regions = Steering(regions=(Region((0, 0, 0.5, 1), 0),), region_condition=words(3))
+    steering = {"shared": Steering(shared_attention=True), "regions": regions, "none": None}[tied]
+    x = torch.randn(2, 4, 4, 6)
+    with torch.no_grad():
+        one, two = (
+            Guided(model, condition, null, Guidance(3.0, batched=batched), steering)(x, T, 0.3)
+            for batched in (True, False)
+        )
+        unsteered = Guided(model, condition, null, Guidance(3.0))(x, T, 0.3)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    apart = float((torch.as_tensor(one) - torch.as_tensor(unsteered)).abs().max())
+    assert apart > 1e-2 if tied != "none" else apart == 0
+
+
+def test_text_is_read_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, condition, null = tiny(), words(4, 2), words(1)
+    reads: list[int] = []
+    read = FlagDiT.read
+
+    def counted(self: FlagDiT, condition: Condition, steering: Steering | None = None) -> object:
+        reads.append(len(condition))
+        return read(self, condition, steering)
+
+    monkeypatch.setattr(FlagDiT, "read", counted)
+    x = torch.randn(2, 4, 4, 6)
+    with torch.no_grad():
+        guided = Guided(model, condition, null, Guidance(3.0, interval=(0.5, 1.0)))
+        outs = [guided(x, torch.full((2,), t), t) for t in (0.1, 0.3, 0.6, 0.9)]
+        assert reads == [2, 4]
+        monkeypatch.delattr(FlagDiT, "read")
+        again = Guided(model, condition, null, Guidance(3.0, interval=(0.5, 1.0)))
+        for out, t in zip(outs, (0.1, 0.3, 0.6, 0.9), strict=True):
+            torch.testing.assert_close(again(x, torch.full((2,), t), t), out, atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_refused() -> None:

@@ -81,6 +81,17 @@ def test_numbers_of_evaluations() -> None:
         assert max(network.times) <= 1
 
 
+@pytest.mark.parametrize(
+    "solver", [Ode(method="euler"), Ancestral(), Scheduled(), Scheduled(name="FlowMatchEulerDiscreteScheduler")]
+)
+def test_the_interval_of_guidance_runs_from_noise_to_data(solver: Ode | Ancestral | Scheduled) -> None:
+    how = SamplerSettings(solver, Grid(9), Guidance(3.0, interval=(0.6, 1.0)))
+    network = network_for(how)
+    sample(network, told(*MEANS), told(0.0), shape=SHAPE, seeds=SEEDS, settings=how)
+    assert network.asked == sorted(network.asked)  # the condition alone first, then both
+    assert 0.2 < network.asked.count(6) / len(network.asked) < 0.5
+
+
 SOLVERS = [
     settings(Ode(method="midpoint"), scale=3.0),
     settings(Sde(), scale=3.0),

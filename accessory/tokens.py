@@ -11,6 +11,8 @@ SKIP: Final = -2  # the learned vector that stands for a blank tile (SPHINX-X)
 DREAM: Final = -3  # one learned dream query
 IMAGE_START: Final = -4  # learned vector before the features of a tile (SPHINX start_img)
 IMAGE_END: Final = -5  # learned vector after the features of a tile (SPHINX end_img)
+DREAM_START: Final = -6  # the trigger: the model says it, and a picture is dreamt (also a label, see models/dream.py)
+DREAM_END: Final = -7  # learned vector after the dream queries
 
 NAMES: Final[dict[int, str]] = {
     IMAGE: "<image>",
@@ -18,6 +20,8 @@ NAMES: Final[dict[int, str]] = {
     DREAM: "<dream>",
     IMAGE_START: "<image_start>",
     IMAGE_END: "<image_end>",
+    DREAM_START: "<dream_start>",
+    DREAM_END: "<dream_end>",
 }
 """How a placeholder is printed; the text has no meaning to the model."""
 

@@ -81,20 +81,23 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of (B, H, T, A) over (B, K, S, A); ``mask`` None means causal (see above)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+    """Scaled dot-product attention of (B, H, T, A) over (B, K, S, A).
+
+    ``mask`` None means causal (see above), or no mask at all where ``causal`` is False.
+    """
     h, n = q.shape[1], k.shape[1]
     if q.shape[2] == 1 and h != n and (mask is None or mask.shape[1] == 1):
         # One query a head: the heads of a group become rows of one product, and their shared keys are read once.
         grouped = F.scaled_dot_product_attention(q.reshape(q.shape[0], n, h // n, -1), k, v, attn_mask=mask)
         return grouped.reshape(q.shape)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] > 1 and q.shape[2] * k.shape[2] <= SHORT:
-        return explicit(q, k, v, mask)
-    causal = mask is None and q.shape[2] > 1
+        return explicit(q, k, v, mask, causal)
+    causal = causal and mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=h != n)
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
     """The same as :func:`attend` by its formula, with all scores in memory.
 
     In bf16 on a CPU the fused kernel costs more than these products for short sequences: at 32 rows of 36 tokens
@@ -106,7 +109,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     # (B, H, T, A) -> (B * K, G * T, A): the heads of a group share keys, so they are rows of one product.
     rows = (q * a**-0.5).reshape(b * n, g * t, a)
     scores = torch.bmm(rows, k.reshape(b * n, s, a).transpose(1, 2)).view(b, n, g, t, s)
-    if mask is None and t > 1:
+    if mask is None and causal and t > 1:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril()[None, None]
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))

@@ -66,3 +66,21 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
+
+
+class Past(KVCache):
+    """A cache that is read, not written: what one forward appends is seen by that forward alone, with its gradients.
+
+    Many continuations can look at one past, and training can keep the past of a frozen model without its graph.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.keys, self.values, self.length = cache.keys, cache.values, cache.length
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The cached positions of ``layer`` with (B, K, T, A) behind them; nothing is kept."""
+        keys, values = (t[layer].narrow(2, 0, self.length) for t in (self.keys, self.values))
+        return torch.cat((keys, k), 2), torch.cat((values, v), 2)
+
+    def advance(self, n: int) -> None:
+        """Nothing to make permanent."""

@@ -81,7 +81,8 @@ TuningSpec = LoraSpec | PrefixSpec | BiasSpec | ScaleSpec | NormSpec | TrainSpec
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """The module inside ``model`` (or itself) whose ``layers`` are LLaMA blocks.
+    """The module inside ``model`` (or itself) whose ``layers`` are LLaMA blocks; where there is none, ``model`` itself
+    if it has ``layers`` with linears that can be tuned (a denoiser).
 
     Raises:
         ValueError: when there is none, or more than one.
@@ -93,6 +94,8 @@ def find_backbone(model: nn.Module) -> nn.Module:
         and len(blocks)
         and isinstance(blocks[0], Block)
     }
+    if not found and isinstance(getattr(model, "layers", None), nn.ModuleList) and any(slotted(model)):
+        return model
     if len(found) != 1:
         names = ", ".join(repr(name) for name in found) or "none"
         raise ValueError(f"tuning needs exactly one LLaMA backbone inside {type(model).__name__}, found {names}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from accessory.nn.cache import KVCache
+from accessory.nn.cache import KVCache, Past
 
 
 def test_append_advance_truncate() -> None:
@@ -33,3 +33,22 @@ def test_too_many_positions_are_refused_and_write_nothing() -> None:
 def test_truncate_out_of_range(length: int) -> None:
     with pytest.raises(ValueError, match="cannot truncate"):
         KVCache(1, 1, 3, 1, 2).truncate(length)
+
+
+def test_a_past_is_read_and_not_written() -> None:
+    cache = KVCache(n_layers=2, batch=1, max_length=3, n_kv_heads=1, head_dim=4)
+    k, v = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4)
+    cache.append(1, k, v)
+    cache.advance(2)
+    before = cache.keys.clone()
+    past, new = Past(cache), torch.randn(1, 1, 5, 4, requires_grad=True)  # more than fits the cache
+    for _ in range(2):
+        keys, values = past.append(1, new, 2 * new)
+        past.advance(5)
+        assert torch.equal(keys, torch.cat((k, new), 2))
+        assert torch.equal(values, torch.cat((v, 2 * new), 2))
+    (keys.sum() + values.sum()).backward()
+    assert new.grad is not None
+    assert torch.equal(new.grad, torch.full_like(new, 3.0))
+    assert past.length == cache.length == 2
+    assert torch.equal(cache.keys, before)

@@ -39,12 +39,21 @@ class AlignConfig:
 
     ``free_head`` adds the loss of a linear head over the tower's tokens, which teaches a tower fast from the start; it
     is fresh in every run, so a run that goes on from a trained tower leaves it out.
+
+    ``swap`` is the share of these rows that are shown the projected tokens of another such row beside their own visual
+    word (``model.projector.words``): the language model learns to take a name from the word, which carries over to
+    drawings of another style, and not from details that do not.
     """
 
     source: str | None
     weight: float = 1.0
     smoothing: float = 0.0
     free_head: bool = True
+    swap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.swap <= 1:
+            raise ValueError(f"objective.align.swap is {self.swap}, it is a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,14 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.language < 0 or (self.language == 0 and self.align is None):
             raise ValueError(f"objective: language weight {self.language} without align leaves nothing to learn")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Pictures (indices among the tiles) that are to be named, and their class indices."""
+
+    picture: Tensor
+    target: Tensor
 
 
 class DialogueObjective:
@@ -81,6 +98,8 @@ class DialogueObjective:
             raise ValueError("objective.align needs a model with a tower")
         width, free = net.tower.groups[0].width, self.config.align.free_head
         words = None if net.projector is None else net.projector.words
+        if self.config.align.swap and words is None:
+            raise ValueError("objective.align.swap needs visual words to learn from: set model.projector.words")
         aligner = Aligner(len(names), table.shape[1], width, free_head=free and words is None).to(table.device)
         aligner.set_answers(names, table.detach())
         if words is not None:
@@ -95,13 +114,16 @@ class DialogueObjective:
             features = model.projector(tokens)
         total = count = torch.zeros((), device=batch.ids.device)
         metrics: dict[str, Tensor | float] = {}
+        align, named = self.config.align, None
+        if align is not None and features is not None:
+            named = self._named(model, batch, features)
         if self.config.language:
-            loss, count = self._language(model, batch, features)
+            shown = features if named is None else self._swapped(model, features, named.picture)
+            loss, count = self._language(model, batch, shown)
             metrics["language"] = loss.detach()
             total = loss * self.config.language
-        align = self.config.align
-        if align is not None and tokens is not None and features is not None:
-            mean, rows, right = self._align(model, batch, features, tokens[0])
+        if align is not None and named is not None and tokens is not None and features is not None:
+            mean, rows, right = self._align(model, named, features, tokens[0])
             count = count if self.config.language else count + rows
             # Rows, not tokens: their quotient is the accuracy, and a batch may have none.
             metrics |= {"align": mean.detach() * count, "aligned_rows": rows, "aligned_right": right}
@@ -116,8 +138,7 @@ class DialogueObjective:
         loss = F.cross_entropy(logits, batch.labels[:, 1:][learned], reduction="sum")
         return loss, learned.sum()
 
-    def _align(self, net: MLLM, batch: Batch, features: Tensor, tokens: Tensor) -> tuple[Tensor, int, int]:
-        """Mean loss over aligned rows, their number, and how many are right."""
+    def _named(self, net: MLLM, batch: Batch, features: Tensor) -> _Named:
         assert isinstance(net.aligner, Aligner)
         assert self.config.align is not None
         tiles = (batch.ids == IMAGE).sum(1) // features.shape[1]
@@ -128,15 +149,30 @@ class DialogueObjective:
             ours = torch.tensor([name == self.config.align.source for name in batch.sources], device=target.device)
             target = target.masked_fill(~ours, IGNORE)
         use = target != IGNORE
-        if not bool(use.any()):
-            return features.float().sum() * 0, 0, 0
+        return _Named(first[use], target[use])
+
+    def _swapped(self, net: MLLM, features: Tensor | None, picture: Tensor) -> Tensor | None:
+        """Features in which a share of the named pictures have exchanged what is projected, and kept their words."""
+        assert self.config.align is not None
+        chosen = picture[torch.rand(len(picture), device=picture.device) < self.config.align.swap]
+        if features is None or net.projector is None or not net.training or len(chosen) < 2:
+            return features
+        shown, n = features.clone(), net.projector.num_projected
+        shown[chosen, :n] = features[chosen.roll(1), :n]
+        return shown
+
+    def _align(self, net: MLLM, named: _Named, features: Tensor, tokens: Tensor) -> tuple[Tensor, int, int]:
+        """Mean loss over aligned rows, their number, and how many are right."""
+        assert isinstance(net.aligner, Aligner)
+        assert self.config.align is not None
         assert net.projector is not None
-        shown = features[first[use], : net.projector.num_projected]
-        heads = net.aligner(shown, tokens[first[use]], net.projector.words)
+        if not len(named.target):
+            return features.float().sum() * 0, 0, 0
+        shown = features[named.picture, : net.projector.num_projected]
+        heads = net.aligner(shown, tokens[named.picture], net.projector.words)
         scores, smoothing = heads[0], self.config.align.smoothing
-        parts = [F.cross_entropy(s, target[use], label_smoothing=smoothing) for s in heads]
-        loss = torch.stack(parts).mean()
-        return loss, int(use.sum()), int((scores.argmax(-1) == target[use]).sum())
+        parts = [F.cross_entropy(s, named.target, label_smoothing=smoothing) for s in heads]
+        return torch.stack(parts).mean(), len(named.target), int((scores.argmax(-1) == named.target).sum())
 
 
 def _ends(tokenizer: Tokenizer) -> frozenset[int]:

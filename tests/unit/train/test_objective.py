@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accessory import config as configuration
 from accessory.data.emoji import Concept, concepts
-from accessory.models.build import Model
+from accessory.models.build import Model, ProjectorConfig
 from accessory.schema import Sample
 from accessory.tokens import IGNORE
 from accessory.train import objective
@@ -186,3 +186,30 @@ def test_real_names_are_found_as_the_template_writes_them(made: Model, asset_cac
     rows = [made.encoder.row(sample("What is this?", answer=c.label).turns) for c in known]
     answers = [first_answer(r.labels.tolist(), found.ends) for r in rows]
     assert made.net.aligner.targets(answers).tolist() == list(range(len(known)))  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("named")
+def test_swapped_rows_keep_their_word_and_get_anothers_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model(tmp_path, train=True, projector=ProjectorConfig(words=len(NAMES)))
+    found, b = aligned(made, align=AlignConfig(source=None, swap=1.0)), batch(made, rows())
+    shown: list[Tensor] = []
+    real = made.net.forward
+    monkeypatch.setattr(made.net, "forward", lambda *a, **k: (shown.append(k["features"]), real(*a, **k))[1])
+    found(made.net, b)
+    found(made.net.eval(), b)
+    plain = made.net.encode(b.tiles)
+    n = plain.shape[1] - 1
+    others = [i for i in range(len(plain)) if i not in (0, 5)]
+    torch.testing.assert_close(shown[0][[0, 5], :n], plain[[5, 0], :n])
+    assert (plain[0, :n] - plain[5, :n]).abs().max() > 1e-3
+    torch.testing.assert_close(shown[0][:, n], plain[:, n])
+    torch.testing.assert_close(shown[0][others], plain[others])
+    torch.testing.assert_close(shown[1], plain)  # not when the loss is only measured
+    with pytest.raises(ValueError, match=r"swap is 1\.5, it is a share"):
+        AlignConfig(source=None, swap=1.5)
+
+
+@pytest.mark.usefixtures("named")
+def test_a_swap_needs_visual_words(made: Model) -> None:
+    with pytest.raises(ValueError, match=r"set model\.projector\.words"):
+        aligned(made, align=AlignConfig(source=None, swap=0.5))

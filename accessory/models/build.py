@@ -59,11 +59,13 @@ class TowerSource:
 @dataclass(frozen=True)
 class ProjectorConfig:
     """Features spliced into the sequence; ``start_end`` adds SPHINX's learned vectors around every tile, ``words`` a
-    token of so many visual words at its end (:class:`accessory.vision.projector.VisualWords`)."""
+    token of so many visual words at its end, read as sharply as ``sharpness`` says
+    (:class:`accessory.vision.projector.VisualWords`)."""
 
     layers: Kind = "mlp"
     start_end: bool = False
     words: int = 0
+    sharpness: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
     projector = resampler = None
     if tower is not None and config.projector is not None:
         p = config.projector
-        projector = Projector(tower.groups, backbone.config.dim, p.layers, p.start_end, p.words)
+        projector = Projector(tower.groups, backbone.config.dim, p.layers, p.start_end, p.words, p.sharpness)
     if tower is not None and config.resampler is not None:
         r = config.resampler
         resampler = Resampler(tower.width, backbone.config.dim, r.length, width=r.width, depth=r.depth, heads=r.heads)

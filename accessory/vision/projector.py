@@ -18,10 +18,15 @@ class VisualWords(nn.Module):
 
     A linear classifier over the tile's mean token gives the weights, so a language model reads what it shows as a word
     of its own: the structural alignment of visual and textual embeddings of Ovis (Lu et al. 2024) for one pooled token.
+    ``sharpness`` multiplies the logits: a picture unlike those of the training is still shown as one word rather than a
+    blend of many, which no language model can read.
     """
 
-    def __init__(self, width: int, dim: int, num_words: int) -> None:
+    def __init__(self, width: int, dim: int, num_words: int, sharpness: float = 1.0) -> None:
         super().__init__()
+        if sharpness <= 0:
+            raise ValueError(f"sharpness of visual words must be positive, got {sharpness}")
+        self.sharpness = sharpness
         self.head = nn.Linear(width, num_words)
         self.table = nn.Parameter(torch.randn(num_words, dim) * 0.02)
 
@@ -31,7 +36,7 @@ class VisualWords(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, P, width) to (N, 1, D)."""
-        return (self.scores(tokens).softmax(-1) @ self.table)[:, None]
+        return ((self.scores(tokens) * self.sharpness).softmax(-1) @ self.table)[:, None]
 
 
 class Projector(nn.Module):
@@ -49,6 +54,7 @@ class Projector(nn.Module):
         kind: Kind = "linear_norm",
         start_end: bool = False,
         words: int = 0,
+        sharpness: float = 1.0,
     ) -> None:
         super().__init__()
         names = [g.name for g in groups]
@@ -59,7 +65,7 @@ class Projector(nn.Module):
         self.groups, self.dim, self.kind, self.start_end = tuple(groups), dim, kind, start_end
         for group in groups:
             self.add_module(f"{group.name}_proj", _projection(group.width, dim, kind))
-        self.words = VisualWords(groups[0].width, dim, words) if words else None
+        self.words = VisualWords(groups[0].width, dim, words, sharpness) if words else None
         self.skip = nn.Parameter(torch.randn(dim) * 0.02)
         if start_end:
             self.start_img = nn.Parameter(torch.randn(dim) * 0.02)

@@ -125,3 +125,22 @@ def test_visual_words_follow_the_projected_tokens() -> None:
     assert (projector([tokens + 1])[:, -1] - word).abs().max() > 1e-3
     with pytest.raises(ValueError, match="words must not be negative, got -1"):
         Projector([group], 5, words=-1)
+
+
+def test_sharpness_shows_one_word_and_leaves_the_scores() -> None:
+    group, tokens = TokenGroup("visual", 6, 4), torch.randn(2, 4, 6)
+    soft = Projector([group], 5, "mlp", words=3)
+    sharp = Projector([group], 5, "mlp", words=3, sharpness=1000)
+    sharp.load_state_dict(soft.state_dict())
+    assert soft.words is not None
+    assert sharp.words is not None
+    with torch.no_grad():
+        soft.words.head.weight.mul_(3)
+        sharp.words.head.weight.mul_(3)
+    scores = soft.words.scores(tokens)
+    torch.testing.assert_close(sharp.words.scores(tokens), scores)
+    best = soft.words.table[scores.argmax(-1)]
+    torch.testing.assert_close(sharp([tokens])[:, -1], best, atol=1e-3, rtol=0)
+    assert (soft([tokens])[:, -1] - best).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="sharpness of visual words must be positive, got 0"):
+        Projector([group], 5, words=3, sharpness=0)

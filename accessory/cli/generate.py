@@ -115,7 +115,8 @@ def find(name: str) -> Path:
 def adjusted(settings: SamplerSettings, args: argparse.Namespace) -> SamplerSettings:
     """The generator's own settings with what the command line says otherwise."""
     from accessory.diffusion.guidance import Guidance
-    from accessory.diffusion.sampler import Ancestral, Ode, Scheduled, Sde
+    from accessory.diffusion.sampler import Ancestral, Ode, Scheduled
+    from accessory.diffusion.solvers import Sde
 
     if args.solver in ("sde", "ancestral"):
         settings = replace(settings, solver=Sde() if args.solver == "sde" else Ancestral())

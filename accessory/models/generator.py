@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from accessory import config as configuration
+from accessory import log
 from accessory.backbone.keys import check_keys
 from accessory.backbone.store import atomic_folder, read_file, write_file
 from accessory.diffusion import autoencoder, dit_weights, unet
@@ -36,6 +37,8 @@ from accessory.models.generator_config import (
 )
 from accessory.models.generator_config import GeneratorConfig as GeneratorConfig
 from accessory.models.generator_net import Generator as Generator
+
+_log = log.get(__name__)
 
 
 def build_generator(config: GeneratorConfig, *, cache: Path | None = None, train: bool = False) -> Generator:
@@ -95,6 +98,7 @@ def _on_base(config: GeneratorConfig, cache: Path | None) -> Generator:
         raise ValueError(f"base {config.base} brings its own {' and '.join(said)}; leave that out")
     conditioner, resolved, kept = base.conditioner, base.config.conditioner, frozenset[str]()
     if config.conditioner not in (None, resolved):
+        _log.info("base %s: a new conditioner takes the place of its own", config.base)
         conditioner, resolved, kept = build_conditioner(config.conditioner, cache)
     full = replace(
         base.config, conditioner=resolved, sampler=config.sampler or base.config.sampler,

@@ -185,6 +185,14 @@ def test_long_prompts_are_counted(either: Generator) -> None:
     assert far(either.generate([long], seeds=[1])[0], either.generate([long + " more"], seeds=[1])[0]) == 0
 
 
+def test_conditions_that_are_made_already(text: Generator) -> None:
+    condition, null = text.condition([TEXT, "moon"]), text.null(1)
+    made = text.render(condition, null, seeds=[3, 4])
+    assert [far(a, b) for a, b in zip(made, text.generate([TEXT, "moon"], seeds=[3, 4]), strict=True)] == [0, 0]
+    with pytest.raises(ValueError, match="needs a null condition"):
+        text.render(condition, seeds=[3, 4])
+
+
 def test_sizes(text: Generator) -> None:
     assert text.grain == (4, 4)
     with pytest.raises(ValueError, match=r"18x16.*nearest are 16x16 or 20x16"):
@@ -245,6 +253,15 @@ def test_a_base_keeps_its_own_conditioner(based: Path, text: Generator) -> None:
 def test_another_base_is_refused(based: Path) -> None:
     with pytest.raises(ValueError, match="is not the generator that this one was trained on"):
         build_generator(GeneratorConfig(base=str(based), base_sha256="0" * 64))
+
+
+def test_another_language_model_below_the_bridge_is_refused(tmp_path: Path) -> None:
+    save_generator(tiny_generator(tmp_path, "dream"), tmp_path / "g")
+    load_generator(tmp_path / "g")
+    path = tmp_path / "tiny" / "trainable.safetensors"
+    save_file({name: 2 * t for name, t in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"tiny is not the one that this model was trained on"):
+        load_generator(tmp_path / "g")
 
 
 def test_folders_that_do_not_fit_are_refused(text: Generator, home: Path, tmp_path: Path) -> None:

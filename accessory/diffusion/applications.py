@@ -95,10 +95,11 @@ def extrapolate(
     if proportional or (proportional is None and ratio > 1):
         steering = replace(steering, base_tokens=trained_tokens(config, trained, tallest))
     one_axis = config.rope_axes == 1
+    released: RopeMethod = "ntk" if one_axis else "time_switch"
     return replace(
         steering,
         rope_scale=ratio if one_axis else math.sqrt(ratio),
-        rope_method=method or ("ntk" if one_axis else "time_switch"),
+        rope_method=released if method is None else method,
         watershed=watershed,
     )
 

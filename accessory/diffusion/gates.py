@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from accessory.diffusion.batch import Shape, StepEvent, device_of, moved
+from accessory.diffusion.batch import OnStep, Shape, StepEvent, device_of, moved
 from accessory.diffusion.condition import Condition
 from accessory.diffusion.denoiser import Latents, Steering
 from accessory.diffusion.flag_dit import FlagDiT
@@ -136,24 +136,27 @@ def compare_truncation(
     table = measure_gates(denoiser)
     chosen = list(dict.fromkeys([0.0, *thresholds]))
     steered = {threshold: truncate(threshold, steering) for threshold in chosen}
-    half: StepEvent | None = None
+    seen: list[StepEvent] = []  # the state half-way, at the end
 
     def keep(event: StepEvent) -> None:
-        nonlocal half
-        if half is None or event.steps is None or 2 * event.step <= event.steps + 1:
-            half = event
+        if not seen or event.steps is None or 2 * event.step <= event.steps + 1:
+            seen[:] = [event]
 
-    task = {"shape": shape, "seeds": seeds, "settings": settings}
-    samples = {0.0: sample(denoiser, condition, null, **task, steering=steered[0.0], on_step=keep)}
-    assert half is not None
+    def draw(threshold: float, on_step: OnStep | None = None) -> Latents:
+        return sample(
+            denoiser, condition, null, shape=shape, seeds=seeds, settings=settings, steering=steered[threshold],
+            on_step=on_step,
+        )  # fmt: skip
+
+    samples = {0.0: draw(0.0, keep)}
     seconds: dict[float, list[float]] = {threshold: [] for threshold in chosen}
     for _ in range(max(1, repeats)):
         for threshold in chosen:
             began = _clock(condition)
-            samples[threshold] = sample(denoiser, condition, null, **task, steering=steered[threshold])
+            samples[threshold] = draw(threshold)
             seconds[threshold].append(_clock(condition) - began)
-    x = moved(half.latents, dtype=network_dtype(denoiser))
-    t = torch.full((len(x),), half.t, device=device_of(x))
+    x = moved(seen[0].latents, dtype=network_dtype(denoiser))
+    t = torch.full((len(x),), seen[0].t, device=device_of(x))
     told = condition.to(dtype=network_dtype(denoiser))
     outputs = {threshold: _flat(denoiser(x, t, told, steering=s)) for threshold, s in steered.items()}
     median = {threshold: statistics.median(s) for threshold, s in seconds.items()}

@@ -15,6 +15,7 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("train", "train what an experiment file says"),
     ("chat", "talk about pictures in the terminal"),
     ("evaluate", "score a model"),
+    ("generate", "make pictures of prompts"),
     ("fetch", "bring the default assets into the cache"),
     ("convert", "change the layout of weights"),
 )

@@ -1,4 +1,4 @@
-"""The chat page: ``python demos/chat.py --model DIR [--host 127.0.0.1] [--port 7860]``.
+"""The chat page: ``python demos/chat.py --model DIR [--generator DIR] [--host 127.0.0.1] [--port 7860]``.
 
 A view and nothing else: limits, sessions, answers and what is forgotten are decided in ``accessory/serve``.
 """
@@ -10,18 +10,25 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from a bare clone, wherever it is called
 
 from accessory.data.assets import AssetError  # noqa: E402
-from accessory.serve.chat import Notice, Sessions, load  # noqa: E402
+from accessory.schema import Turn  # noqa: E402
+from accessory.serve.chat import Chat, Dialogue, Notice, Sessions, load  # noqa: E402
+from accessory.serve.illustrate import Controls, ImageDone, ImagePreview, ImageStart, TextDelta  # noqa: E402
+from accessory.serve.illustrated_chat import MODES, IllustratedChat, IllustratedModel, of_mode  # noqa: E402
+from accessory.serve.illustrated_chat import load as load_illustrated  # noqa: E402
 from accessory.serve.media import SUFFIXES, user_turn  # noqa: E402
 
 TITLE = "Accessory"
@@ -30,6 +37,7 @@ DESCRIPTION = (
     "the conversation is kept. Try an example, or bring your own."
 )
 TEMPERATURE, MAX_NEW_TOKENS = 0.0, 128
+PREVIEWS = 10  # steps of the sampler between two looks at a picture in the making
 CSS = """
 .gradio-container { max-width: 860px !important; margin: 0 auto !important; }
 h1 { letter-spacing: -0.02em; margin-bottom: 0 !important; }
@@ -93,8 +101,87 @@ def question() -> gr.MultimodalTextbox:
     )
 
 
-def page(sessions: Sessions, max_new_tokens: int = MAX_NEW_TOKENS, folder: Path = ROOT / "samples") -> gr.ChatInterface:
-    """The page over the conversations of all its visitors; ``max_new_tokens`` is where its slider begins."""
+Content = str | dict[str, Any]
+
+
+class Said:
+    """What an answer holds so far, as the page shows it."""
+
+    def __init__(self) -> None:
+        self.parts: list[str | dict[str, str]] = []
+        self._draft: dict[str, str] | str | None = None  # stands at the end while a picture is drawn
+
+    def take(self, event: object) -> bool:
+        """Note an event; whether there is something new to show."""
+        if isinstance(event, str | TextDelta):
+            text = event if isinstance(event, str) else event.text
+            if self.parts and isinstance(self.parts[-1], str):
+                self.parts[-1] += text
+            else:
+                self.parts.append(text)
+        elif isinstance(event, ImageStart):
+            self._draft = "*drawing …*"
+        elif isinstance(event, ImagePreview):
+            self._draft = stored(event.picture)
+        elif isinstance(event, ImageDone):
+            self._draft = None
+            self.parts.append(stored(event.picture))
+        else:
+            return False
+        return True
+
+    @property
+    def message(self) -> Content:
+        """For the widget: a text where there is nothing else."""
+        parts = [*self.parts, *([self._draft] if self._draft is not None else [])]
+        if all(isinstance(p, str) for p in parts):
+            return "\n\n".join(str(p) for p in parts)
+        return {"role": "assistant", "content": parts}
+
+
+def stored(picture: Image.Image) -> dict[str, str]:
+    """A picture as a file that the page may show."""
+    folder = get_upload_folder()
+    return {"path": save_pil_to_cache(picture, folder, format="png")}
+
+
+def stream(
+    chat: Dialogue[Any],
+    message: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    answer: Callable[[Turn], Iterable[object]],
+) -> Iterator[Content]:
+    """The answer to what was typed, as it grows."""
+    shown = asked(history)
+    if chat.follow(shown) < len(shown):
+        gr.Warning("This conversation was idle for too long: the model no longer knows its earlier turns.")
+    said = Said()
+    try:
+        for event in answer(user_turn(message.get("text") or "", message.get("files") or (), chat.limits)):
+            if isinstance(event, Notice):
+                gr.Info(event.text)
+            elif said.take(event):
+                yield said.message
+    except ValueError as error:
+        # Said and not raised: after an exception the widget leaves its text box locked for good.
+        gr.Warning(str(error), title="Not asked")
+        return
+    except Exception:
+        logging.getLogger("accessory.demos.chat").exception("an answer failed")
+        gr.Warning("The model failed on this question; the log says why.", title="Error")
+        return
+    if not said.parts:
+        yield "*(no answer)*"
+
+
+def page(
+    sessions: Sessions[Chat] | Sessions[IllustratedChat],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    folder: Path = ROOT / "samples",
+    draws: bool = False,
+) -> gr.ChatInterface:
+    """The page over the conversations of all its visitors; ``max_new_tokens`` is where its slider begins, and
+    ``draws`` says that their answers may hold pictures."""
 
     def answer(
         message: Mapping[str, Any],
@@ -102,35 +189,30 @@ def page(sessions: Sessions, max_new_tokens: int = MAX_NEW_TOKENS, folder: Path 
         temperature: float,
         longest: float,
         request: gr.Request,
-    ) -> Iterator[str]:
-        chat = sessions.get(str(request.session_hash))
-        shown = asked(history)
-        if chat.follow(shown) < len(shown):
-            gr.Warning("This conversation was idle for too long: the model no longer knows its earlier turns.")
-        text = ""
-        try:
-            sampling = replace(chat.sampling, temperature=temperature, max_new_tokens=int(longest))
-            turn = user_turn(message.get("text") or "", message.get("files") or (), chat.limits)
-            for event in chat.events(turn, sampling):
-                if isinstance(event, Notice):
-                    gr.Info(event.text)
-                else:
-                    text += event
-                    yield text
-        except ValueError as error:
-            # Said and not raised: after an exception the widget leaves its text box locked for good.
-            gr.Warning(str(error), title="Not asked")
-            return
-        except Exception:
-            logging.getLogger("accessory.demos.chat").exception("an answer failed")
-            gr.Warning("The model failed on this question; the log says why.", title="Error")
-            return
-        if not text:
-            yield "*(no answer)*"
+    ) -> Iterator[Content]:
+        chat: Any = sessions.get(str(request.session_hash))
+        sampling = replace(chat.sampling, temperature=temperature, max_new_tokens=int(longest))
+        yield from stream(chat, message, history, lambda turn: chat.events(turn, sampling))
+
+    def illustrated(
+        message: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]],
+        temperature: float,
+        longest: float,
+        pictures: str,
+        request: gr.Request,
+    ) -> Iterator[Content]:
+        chat: Any = sessions.get(str(request.session_hash))
+        sampling = replace(chat.sampling, temperature=temperature, max_new_tokens=int(longest))
+        controls = of_mode(chat.controls, pictures)
+        yield from stream(chat, message, history, lambda turn: chat.events(turn, controls, sampling))
 
     messages, labels = examples(folder)
+    toggles = []
+    if draws:
+        toggles.append(gr.Radio(list(MODES), value="auto", label="Pictures", info="those that the model draws"))
     return gr.ChatInterface(
-        answer,
+        illustrated if draws else answer,
         multimodal=True,
         title=TITLE,
         description=DESCRIPTION,
@@ -141,6 +223,7 @@ def page(sessions: Sessions, max_new_tokens: int = MAX_NEW_TOKENS, folder: Path 
                 0.0, 1.5, TEMPERATURE, step=0.05, label="Temperature", info="0 always gives the likeliest answer"
             ),
             gr.Slider(1, 512, max_new_tokens, step=1, label="Longest answer", info="in tokens"),
+            *toggles,
         ],
         additional_inputs_accordion=gr.Accordion("Settings", open=False),
         examples=[[m] for m in messages] or None,  # cards; with values for the sliders it would be a table
@@ -159,6 +242,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A chat page about pictures")
     parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, or the name of a shipped model")
+    parser.add_argument("--generator", metavar="DIR", help="a generator folder: answers may then hold pictures")
     parser.add_argument(
         "--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)"
     )
@@ -175,19 +259,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until interrupted; 2 for a model that cannot be opened."""
     args = parse(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    draws = args.generator is not None
     try:
-        model = load(args.model, cache=args.cache, device=args.device)
+        model: Any = illustrated_model(args) if draws else load(args.model, cache=args.cache, device=args.device)
         sessions = Sessions(model, args.sessions)
     except (ValueError, AssetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    made = page(sessions, args.max_new_tokens).queue(max_size=args.queue)
+    made = page(sessions, args.max_new_tokens, draws=draws).queue(max_size=args.queue)
     try:
         launch(made, args, model.limits.max_bytes)
     except OSError as error:  # a port that is taken, an address that is not this machine's
         print(f"error: cannot serve on {args.host}, port {args.port}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def illustrated_model(args: argparse.Namespace) -> IllustratedModel:
+    """The model with its generator."""
+    controls = Controls(previews=PREVIEWS)
+    return load_illustrated(args.model, args.generator, cache=args.cache, device=args.device, controls=controls)
 
 
 def launch(made: gr.Blocks, args: argparse.Namespace, max_bytes: int) -> None:

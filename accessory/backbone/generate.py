@@ -69,8 +69,11 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(lost).scatter(0, index, lost), float("-inf"))
 
 
-class _Row:
-    """The sampling state of one sequence; nothing in it depends on the other rows of the batch."""
+class Row:
+    """The sampling state of one sequence; nothing in it depends on the other rows of the batch.
+
+    ``vocab_size``: the scores that :meth:`choose` gets. ``ids``: as :func:`stream` takes them, of one row.
+    """
 
     def __init__(self, sampling: Sampling, vocab_size: int, ids: Tensor | None, device: torch.device) -> None:
         self.sampling = sampling
@@ -155,16 +158,12 @@ def stream(
         )
     if mask is not None and bool(mask.all()):
         mask = None  # plain causal attention is faster than a mask that allows everything
-    rows = [
-        _Row(s, model.config.vocab_size, None if ids is None else ids[i], x.device) for i, s in enumerate(samplings)
-    ]
+    rows = [Row(s, model.config.vocab_size, None if ids is None else ids[i], x.device) for i, s in enumerate(samplings)]
     return _steps(model, x, mask, cache, rows)
 
 
 @torch.inference_mode()
-def _steps(
-    model: Llama, x: Tensor, mask: Tensor | None, cache: KVCache, rows: list[_Row]
-) -> Iterator[list[int | None]]:
+def _steps(model: Llama, x: Tensor, mask: Tensor | None, cache: KVCache, rows: list[Row]) -> Iterator[list[int | None]]:
     # Only the last position is scored: a vocabulary row for each prompt token would cost more than the prompt.
     scores = model.logits(model(x, mask=mask, cache=cache)[:, -1:])
     key = None if model.step is None or mask is not None else model.step.key(model)

@@ -1,4 +1,4 @@
-"""``python -m accessory chat --model DIR [--image F] [--ask TEXT]``: talk about pictures in the terminal."""
+"""``python -m accessory chat --model DIR [--generator DIR] [--image F] [--ask TEXT]``: talk in the terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accessory.backbone.generate import Sampling
     from accessory.schema import Turn
-    from accessory.serve.chat import Chat
+    from accessory.serve.chat import Dialogue
+    from accessory.serve.illustrated_chat import IllustratedChat
 
 HELP = """\
 Type a question; the answer streams below it. Ctrl-C stops an answer, Ctrl-D or /quit leaves.
@@ -22,6 +24,10 @@ Type a question; the answer streams below it. Ctrl-C stops an answer, Ctrl-D or 
   /save FILE    write the dialogue as JSON
   /help         this text
   /quit         leave"""
+
+
+DRAWING = """\
+  /pictures auto|always|never   when answers hold pictures: as the model wants, all of them, none"""
 
 
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,6 +45,14 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)"
     )
+    parser.add_argument("--generator", metavar="DIR", help="a generator folder: answers may then hold pictures")
+    parser.add_argument(
+        "--pictures", choices=("auto", "always", "never"), default="auto",
+        help="with --generator: as the model wants (the default), in every answer, or none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("pictures"), help="where drawn pictures go (default: pictures)"
+    )
     parser.add_argument("--cache", type=Path, help="cache folder of the assets")
     parser.set_defaults(main=main)
 
@@ -46,12 +60,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def main(args: argparse.Namespace) -> int:
     """Chat. 0 at the end of input; ValueError or AssetError for what cannot be opened."""
     from accessory.backbone.generate import Sampling
-    from accessory.serve.chat import load
 
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    terminal = Terminal(load(args.model, cache=args.cache, device=args.device, sampling=sampling).new_chat())
+    terminal = _drawing(args, sampling) if args.generator else _talking(args, sampling)
     for name in args.image:
         terminal.show(name)
     if args.ask:
@@ -61,11 +74,32 @@ def main(args: argparse.Namespace) -> int:
     return terminal.loop()
 
 
-class Terminal:
-    """A chat on stdin and stdout; prompts and remarks appear only for a person, so that output can be piped."""
+def _talking(args: argparse.Namespace, sampling: Sampling) -> Terminal:
+    from accessory.serve.chat import load
 
-    def __init__(self, chat: Chat) -> None:
-        self.chat = chat
+    chat = load(args.model, cache=args.cache, device=args.device, sampling=sampling).new_chat()
+    return Terminal(chat, chat.events)
+
+
+def _drawing(args: argparse.Namespace, sampling: Sampling) -> Illustrator:
+    from accessory.serve.illustrate import Controls
+    from accessory.serve.illustrated_chat import load, of_mode
+
+    controls = of_mode(Controls(seed=args.seed or 0), args.pictures)
+    made = load(args.model, args.generator, cache=args.cache, device=args.device, sampling=sampling, controls=controls)
+    if made.dream is None and args.pictures == "auto":
+        print("(this model has no trigger for this generator: pictures come with --pictures always)", file=sys.stderr)
+    return Illustrator(made.new_chat(), args.out)
+
+
+class Terminal:
+    """A chat on stdin and stdout; prompts and remarks appear only for a person, so that output can be piped.
+
+    ``answer`` makes the events of an answer to a turn.
+    """
+
+    def __init__(self, chat: Dialogue[Any], answer: Callable[[Turn], Generator[Any, None, None]]) -> None:
+        self.chat, self._answer = chat, answer
         self.waiting: list[Path] = []  # pictures for the next question
         self._person = sys.stdin.isatty()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -85,17 +119,20 @@ class Terminal:
         from accessory.serve.chat import Notice
         from accessory.serve.media import user_turn
 
-        events = self.chat.events(user_turn(text, self.waiting, self.chat.limits))
+        events = self._answer(user_turn(text, self.waiting, self.chat.limits))
         self.waiting = []
         try:
             for event in events:
                 if isinstance(event, Notice):
                     print(f"({event.text})", file=sys.stderr, flush=True)
                 else:
-                    print(event, end="", flush=True)
+                    self._print(event)
         finally:
             events.close()
             print(flush=True)
+
+    def _print(self, event: Any) -> None:
+        print(event, end="", flush=True)
 
     def loop(self) -> int:
         """Questions and commands until the input ends."""
@@ -168,6 +205,48 @@ class Terminal:
 
     def _remark(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+class Illustrator(Terminal):
+    """A terminal whose answers hold pictures: they are written to ``folder``, and their paths are printed.
+
+    Beside them stands the log from which each can be drawn again.
+    """
+
+    chat: IllustratedChat
+
+    def __init__(self, chat: IllustratedChat, folder: Path) -> None:
+        super().__init__(chat, chat.events)
+        self._folder = folder
+        self._commands["/pictures"] = self._pictures
+
+    def ask(self, text: str) -> None:
+        """As any terminal does, with the log kept up to date."""
+        from accessory.serve.pictures import save_records
+
+        super().ask(text)
+        if self.chat.records:
+            save_records(self.chat.records, self._folder)
+
+    def _print(self, event: Any) -> None:
+        from accessory.serve.illustrate import ImageDone, TextDelta
+
+        if isinstance(event, TextDelta):
+            print(event.text, end="", flush=True)
+        elif isinstance(event, ImageDone):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"picture_{event.index:03}.png"
+            event.picture.save(path)
+            print(f"\n[{path}]", flush=True)
+
+    def _pictures(self, rest: str) -> None:
+        from accessory.serve.illustrated_chat import of_mode
+
+        self.chat.controls = of_mode(self.chat.controls, rest or "auto")
+        self._remark(f"(pictures: {rest or 'auto'})")
+
+    def _help(self, rest: str) -> None:
+        print(HELP + "\n" + DRAWING)
 
 
 def _plain(turn: Turn) -> dict[str, Any]:

@@ -25,7 +25,10 @@ def main(args: argparse.Namespace) -> int:
     """
     if os.environ.get("RANK", "0") == "0":
         log.setup()
-    from accessory.train.run import main_config
+    from accessory import config as configuration
+    from accessory.train import generator_run, run
 
-    result = main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
+    # A generator is another section with other parts, but the loop, the data and the options are the same.
+    verb = generator_run if "generator" in configuration.read(args.config) else run
+    result = verb.main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
     return 128 + signal.SIGINT if result is not None and result.reason == "SIGINT" else 0

@@ -1,4 +1,5 @@
-"""The built-in picture sets, as samples: emoji names, groups and tags, scenes, words, easy-vqa, flags.
+"""The built-in picture sets, as samples: emoji names, groups and tags, scenes, words, easy-vqa, flags, and emoji to be
+drawn, where the user asks and the picture is the assistant's.
 
 ``build(name, split)`` gives something with a length and items. An index beyond the length is the same item in a later
 pass: it is drawn anew in training (the random generator is seeded by (seed, index)) and is identical in test.
@@ -19,7 +20,7 @@ from PIL import Image
 from accessory.data import emoji, scenes, words
 from accessory.data.assets import asset_dir, default_cache
 from accessory.data.flags import countries, flag_pictures
-from accessory.schema import Picture, Sample, Turn
+from accessory.schema import CAPTION, Picture, Sample, Turn
 
 Split = Literal["train", "test"]
 SCENE_COUNT: dict[Split, int] = {"train": 20_000, "test": 400}
@@ -28,6 +29,13 @@ NAME_QUESTIONS = ("What is this?", "Name this picture.", "What does the picture 
 GROUP_QUESTIONS = ("What kind of thing is this?", "Which group does this belong to?")
 TAG_QUESTIONS = ("Give three keywords for this picture.", "Describe this picture with three keywords.")
 READ_QUESTIONS = ("What does it say?", "Read the word.", "What is written here?")
+DRAW_REQUESTS = (
+    "Draw {label} as a {style} emoji.",
+    "Show me {label}, as a {style} emoji.",
+    "A {style} picture of {label}, please.",
+    "I would like a {style} emoji of {label}.",
+)
+KEYWORD_REQUESTS = ("Draw something {style} for these words: {tags}.", "A {style} emoji that goes with {tags}, please.")
 FLAG_QUESTIONS = {
     "country": ("Which country has this flag?", "Whose flag is this?", "Name the country of this flag."),
     "capital": ("What is the capital of this country?", "Name the capital of the country with this flag."),
@@ -239,6 +247,60 @@ def _flags(request: _Request) -> tuple[int, Maker]:
     return len(known), make
 
 
+def _drawn(request: _Request, said: Callable[[emoji.Concept, str, np.random.Generator], str]) -> tuple[int, Maker]:
+    """One request, answered by a plain picture. Test: the pairs that are held out, then as many of training's."""
+    known = emoji.concepts(request.cache)
+    all_pairs = [(s, k) for s in emoji.STYLES for k in range(len(known))]
+    hidden = [p for p in all_pairs if emoji.held_out(p[0], known[p[1]].hexcode)]
+    shown = [p for p in all_pairs if not emoji.held_out(p[0], known[p[1]].hexcode)]
+    step = len(shown) // max(1, len(hidden))
+    pairs = shown if request.training else hidden + shown[::step][: len(hidden)]
+    drawn = {style: emoji.pictures(style, cache=request.cache) for style in emoji.STYLES}
+
+    def make(item: int, index: int) -> Sample:
+        style, row = pairs[item]
+        picture = Image.fromarray(emoji.plain(drawn[style][row], request.size))
+        asked = said(known[row], emoji.STYLE_WORDS[style], request.rng(index))
+        turns = (Turn("user", (asked,)), Turn("assistant", (Picture(picture),)))
+        held = not request.training and item < len(hidden)
+        meta: dict[str, Any] = {
+            "task": request.name,
+            "answer": known[row].label,
+            "concept": row,
+            "style": style,
+            "held_out": held,
+        }
+        meta[CAPTION] = request.name == "emoji-captions"
+        return Sample(turns, f"builtin:{request.name}:{request.split}", index, meta)
+
+    return len(pairs), make
+
+
+def _captions(request: _Request) -> tuple[int, Maker]:
+    """``STYLE emoji of LABEL``; in training some captions say the group, some two keywords, as well."""
+
+    def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> str:
+        plain, kind = f"{style} emoji of {concept.label}", rng.random()
+        if request.training and kind < 0.1:
+            return f"{plain}, {concept.group}"
+        return f"{plain}, {', '.join(concept.tags[:2])}" if request.training and kind < 0.25 and concept.tags else plain
+
+    return _drawn(request, said)
+
+
+def _requests(request: _Request) -> tuple[int, Maker]:
+    """The same asked for in a dialogue; in training now and then by keywords alone."""
+
+    def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> str:
+        wordings: tuple[str, ...] = DRAW_REQUESTS
+        if request.training and len(concept.tags) > 1 and rng.random() < 0.15:
+            wordings = KEYWORD_REQUESTS
+        words = {"label": concept.label, "style": style, "tags": " and ".join(concept.tags[:2])}
+        return request.choose(wordings, rng).format(**words)
+
+    return _drawn(request, said)
+
+
 NAMES: dict[str, Callable[[_Request], tuple[int, Maker]]] = {
     "emoji-names": _names,
     "emoji-groups": _groups,
@@ -247,4 +309,8 @@ NAMES: dict[str, Callable[[_Request], tuple[int, Maker]]] = {
     "words-ocr": _words,
     "easy-vqa": _easy_vqa,
     "flags": _flags,
+    "emoji-captions": _captions,
+    "emoji-requests": _requests,
 }
+DRAWN = frozenset(("emoji-captions", "emoji-requests"))
+"""Sets whose pictures are the assistant's."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from accessory.schema import Batch, Encoded
+from accessory.schema import Batch, Encoded, Targets
 from accessory.tokens import IGNORE
 
 
@@ -21,4 +21,19 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     for i, row in enumerate(rows):
         n = len(row.ids)
         ids[i, :n], labels[i, :n], mask[i, :n] = row.ids, row.labels, True
-    return Batch(ids, labels, mask, torch.cat([r.tiles for r in rows]), tuple(r.source for r in rows))
+    tiles, sources = torch.cat([r.tiles for r in rows]), tuple(r.source for r in rows)
+    return Batch(ids, labels, mask, tiles, sources, _targets(rows))
+
+
+def _targets(rows: Sequence[Encoded]) -> Targets | None:
+    """The pictures of all rows in reading order; None where no row asks for one."""
+    found = [((row.draw, i), target) for row in rows for i, target in enumerate(row.targets)]
+    if not found:
+        return None
+    pixels = [t.pixels for _, t in found]
+    return Targets(
+        torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels,
+        prompts=tuple(t.prompt for _, t in found),
+        keys=tuple(t.key for _, t in found),
+        places=tuple(place for place, _ in found),
+    )

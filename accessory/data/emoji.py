@@ -28,6 +28,10 @@ from accessory.data.assets import asset_dir, default_cache
 STYLES = ("fluent", "openmoji", "noto")
 TRAIN_STYLES = ("fluent", "openmoji")
 TEST_STYLE = "noto"
+STYLE_WORDS = {"fluent": "3d", "openmoji": "outlined", "noto": "flat"}
+"""What a style is called where a picture in it is asked for."""
+HELD_OUT = 20
+"""One in so many pairs of style and concept is never drawn in training."""
 DEFAULT_SIZE = 136
 MIN_CONCEPTS = 1300
 ASSET_OF_STYLE = {"fluent": "fluent-emoji-3d", "openmoji": "openmoji", "noto": "noto-color-emoji"}
@@ -96,6 +100,11 @@ def _concepts(root: str, folders: tuple[str, ...]) -> tuple[Concept, ...]:
         raise ValueError(f"only {len(result)} emoji are drawn by all of {STYLES}, expected at least {MIN_CONCEPTS}")
     write_atomically(stored, lambda p: p.write_text(json.dumps([asdict(c) for c in result]), encoding="utf-8"))
     return result
+
+
+def held_out(style: str, hexcode: str) -> bool:
+    """Whether a drawing is kept from training to draw; decided by its names alone, so it never changes sides."""
+    return int.from_bytes(hashlib.sha256(f"{style} {hexcode}".encode()).digest()[:4]) % HELD_OUT == 0
 
 
 def pictures(style: str, size: int = DEFAULT_SIZE, cache: Path | None = None) -> Pixels:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from accessory.data.image import open_picture
 from accessory.data.rows import RowRejected as RowRejected
+from accessory.data.targets import target
 from accessory.data.template import BOS, Control, Segment, Template, render
 from accessory.data.tiling import TilingConfig, cut
 from accessory.data.tokenizer import Tokenizer
-from accessory.schema import Encoded, Picture, Sample, Turn
-from accessory.tokens import IGNORE, IMAGE, IMAGE_END, IMAGE_START, SKIP
+from accessory.schema import Encoded, Picture, Sample, Target, Turn
+from accessory.tokens import DREAM, DREAM_END, DREAM_START, IGNORE, IMAGE, IMAGE_END, IMAGE_START, SKIP
+
+
+@dataclass(frozen=True)
+class DreamLayout:
+    """How a picture that the assistant draws is written: a span of ``num_queries`` queries, of which the trigger is
+    learned, then, with ``seen``, the picture itself as the user's are. ``size``: side in pixels of what is drawn."""
+
+    num_queries: int
+    size: int
+    seen: bool = True
 
 
 class Encoder:
     """Writes a sample as ids with placeholders, labels on what the assistant says, and its real tiles.
+
+    With ``dream`` the assistant's pictures are targets.
 
     A real tile becomes ``tokens_per_tile`` image placeholders (between a start and an end placeholder when
     ``start_end``), a blank one a single skip placeholder. Rows longer than ``max_length`` positions are rejected whole:
@@ -32,6 +45,7 @@ class Encoder:
         tokens_per_tile: int,
         max_length: int,
         start_end: bool = False,
+        dream: DreamLayout | None = None,
     ) -> None:
         if tokens_per_tile < 1 or max_length < 2:
             raise ValueError(f"tokens_per_tile {tokens_per_tile} must be at least 1 and max_length {max_length} 2")
@@ -41,6 +55,17 @@ class Encoder:
         self.tokens_per_tile = tokens_per_tile
         self.max_length = max_length
         self.start_end = start_end
+        self.dream = dream
+
+    @property
+    def tile_size(self) -> int:
+        """S of the tiles (N,3,S,S)."""
+        return self.tiling.size
+
+    @property
+    def pad_id(self) -> int:
+        """What stands in ``ids`` behind the end of a row."""
+        return self.tokenizer.pad_id
 
     def encode(self, sample: Sample, *, generate: bool = False) -> Encoded:
         """The sample's row; with ``generate`` it ends with the assistant's prompt. Raises :class:`RowRejected`."""
@@ -66,11 +91,19 @@ class Encoder:
         labels: list[int] = []
         tiles: list[torch.Tensor] = []
         glued = False  # whether a text now continues an earlier one
-        answered = any(t.role == "assistant" and t.text.strip() for t in turns)
+        targets: list[Target] = []
+        draws = self.dream is not None
+        answered = any(t.role == "assistant" and (t.text.strip() or (draws and t.pictures)) for t in turns)
         for segment in render(self.template, turns, generate=generate):
+            said = segment.learn and answered
+            if self.dream is not None and isinstance(segment.content, Picture) and segment.learn:
+                piece = self._drawn(self.dream, segment.content, tiles, targets)
+                ids += piece
+                labels += [i if said and i == DREAM_START else IGNORE for i in piece]
+                continue
             piece = self._ids(segment, glued, tiles)
             ids += piece
-            labels += piece if segment.learn and answered else [IGNORE] * len(piece)
+            labels += piece if said and not isinstance(segment.content, Picture) else [IGNORE] * len(piece)
             if isinstance(segment.content, str):
                 glued = True
             elif segment.content == BOS:
@@ -80,7 +113,15 @@ class Encoder:
             torch.tensor(ids, dtype=torch.long),
             torch.tensor(labels, dtype=torch.long),
             torch.cat(tiles) if tiles else empty,
+            targets=tuple(targets),
         )
+
+    def _drawn(
+        self, dream: DreamLayout, picture: Picture, tiles: list[torch.Tensor], targets: list[Target]
+    ) -> list[int]:
+        targets.append(target(picture, dream.size))
+        span = [DREAM_START, *[DREAM] * dream.num_queries, DREAM_END]
+        return [*span, *(self._picture(picture, tiles) if dream.seen else ())]
 
     def _ids(self, segment: Segment, glued: bool, tiles: list[torch.Tensor]) -> list[int]:
         content = segment.content

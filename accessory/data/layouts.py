@@ -1,4 +1,4 @@
-"""The row layouts people have (LLaVA, ShareGPT, Alpaca, OpenAI messages), read as turns."""
+"""The row layouts people have (LLaVA, ShareGPT, Alpaca, OpenAI messages, captions), read as turns."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "instruction": "instruction", "input": "input", "output": "output", "system": "system", "image": "image",
     },
     "messages": {"messages": "messages", "role": "role", "content": "content"},
+    "captions": {"image": "image", "caption": "caption"},
 }  # fmt: skip
 """Our column names by kind, with the names that files usually have."""
 
@@ -43,6 +44,7 @@ class Layout:
             "sharegpt": self._conversation,
             "alpaca": self._alpaca,
             "messages": self._messages,
+            "captions": self._caption,
         }[kind]
 
     def turns(self, row: Mapping[str, Any]) -> tuple[Turn, ...]:
@@ -122,6 +124,15 @@ class Layout:
                 yield Turn(role, _trimmed([self._part(p) for p in content]))
             else:
                 yield Turn(role, (_text(content).strip(),))
+
+    def _caption(self, row: Mapping[str, Any]) -> Iterator[Turn]:
+        """A picture to be drawn: the caption asks for it."""
+        pictures = self._pictures(row)
+        caption = _text(self._get(row, "caption")).strip()
+        if len(pictures) != 1 or not caption:
+            raise ValueError(f"a caption needs one picture and some text, the row has {len(pictures)} and {caption!r}")
+        yield Turn("user", (caption,))
+        yield Turn("assistant", (pictures[0],))
 
     def _part(self, part: object) -> Part:
         if isinstance(part, str):

@@ -5,41 +5,71 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from accessory.data.collate import collate
-from accessory.data.encode import Encoder
 from accessory.data.mixture import Ledger, Mixture, check_fingerprint
 from accessory.data.rows import RowRejected
-from accessory.schema import Batch, Encoded
+from accessory.schema import Batch, Encoded, Prompt, Sample, Target
 
 _CHUNK = 16  # draws a worker encodes at a time
 
 
+class RowEncoder(Protocol):
+    """What makes rows of samples: dialogues (``data/encode.py``) or prompts with pictures (``data/targets.py``)."""
+
+    @property
+    def tile_size(self) -> int:
+        """S of the tiles (N,3,S,S)."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """What stands in ``ids`` behind the end of a row."""
+        ...
+
+    def encode(self, sample: Sample) -> Encoded:
+        """The sample's row. Raises :class:`RowRejected`."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is known of an encoded draw beside its tensors: positions, tiles, and the pictures that it asks for."""
+
+    source: str
+    index: int
+    positions: int
+    tiles: int
+    targets: tuple[tuple[Prompt, str, tuple[int, ...]], ...]  # prompt, key, shape
+
+
 @dataclass(frozen=True)
 class _Packed:
-    """A chunk of encoded draws in four tensors, because every tensor sent between processes costs a file handle."""
+    """A chunk of encoded draws in few tensors, because every tensor sent between processes costs a file handle."""
 
     draws: tuple[int, ...]
-    rows: tuple[tuple[str, int, int, int] | RowRejected, ...]  # source, index, positions, tiles; or why not
+    rows: tuple[_Row | RowRejected, ...]  # or why not
     ids: torch.Tensor
     labels: torch.Tensor
     tiles: torch.Tensor
+    targets: torch.Tensor  # flat
 
 
 class _Draws(Dataset[_Packed]):
     """Encodes chunks of draws; what is wrong with a row travels back as a value."""
 
-    def __init__(self, mixture: Mixture, encoder: Encoder) -> None:
+    def __init__(self, mixture: Mixture, encoder: RowEncoder) -> None:
         self._mixture = mixture
         self._encoder = encoder
 
     def __getitem__(self, draws: Sequence[int]) -> _Packed:
-        rows: list[tuple[str, int, int, int] | RowRejected] = []
+        rows: list[_Row | RowRejected] = []
         kept: list[Encoded] = []
         for k in draws:
             try:
@@ -48,8 +78,9 @@ class _Draws(Dataset[_Packed]):
                 rows.append(RowRejected(rejected.reason, rejected.source, rejected.index))  # without its traceback
                 continue
             kept.append(row)
-            rows.append((row.source, row.index, len(row.ids), len(row.tiles)))
-        size = self._encoder.tiling.size
+            targets = tuple((t.prompt, t.key, tuple(t.pixels.shape)) for t in row.targets)
+            rows.append(_Row(row.source, row.index, len(row.ids), len(row.tiles), targets))
+        size = self._encoder.tile_size
         none = torch.zeros(0, dtype=torch.long)
         return _Packed(
             tuple(draws),
@@ -57,19 +88,24 @@ class _Draws(Dataset[_Packed]):
             torch.cat([none, *(r.ids for r in kept)]),
             torch.cat([none, *(r.labels for r in kept)]),
             torch.cat([torch.zeros(0, 3, size, size), *(r.tiles for r in kept)]),
+            torch.cat([torch.zeros(0), *(t.pixels.flatten() for r in kept for t in r.targets)]),
         )
 
 
 def _unpack(packed: _Packed) -> Iterator[tuple[int, Encoded | RowRejected]]:
-    at = tile = 0
+    kept = [row for row in packed.rows if isinstance(row, _Row)]
+    shapes = [shape for row in kept for _, _, shape in row.targets]
+    ids, labels = ((t.split([r.positions for r in kept]) if kept else ()) for t in (packed.ids, packed.labels))
+    tiles = packed.tiles.split([r.tiles for r in kept]) if kept else ()
+    ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
+    pixels = iter([packed.targets[a:b].view(shape) for (a, b), shape in zip(pairwise(ends), shapes, strict=True)])
+    tensors = iter(zip(ids, labels, tiles, strict=True))
     for k, row in zip(packed.draws, packed.rows, strict=True):
         if isinstance(row, RowRejected):
             yield k, row
             continue
-        source, index, n, m = row
-        ids, labels, tiles = packed.ids[at : at + n], packed.labels[at : at + n], packed.tiles[tile : tile + m]
-        at, tile = at + n, tile + m
-        yield k, Encoded(ids, labels, tiles, source, index)
+        targets = tuple(Target(next(pixels), prompt, key) for prompt, key, _ in row.targets)
+        yield k, Encoded(*next(tensors), row.source, row.index, targets, draw=k)
 
 
 def _same(packed: Any) -> Any:
@@ -94,7 +130,7 @@ class Loader:
     def __init__(
         self,
         mixture: Mixture,
-        encoder: Encoder,
+        encoder: RowEncoder,
         batch_size: int,
         *,
         num_workers: int = 0,
@@ -146,7 +182,7 @@ class Loader:
                     if done
                     else {"step": step, "given": i + 1, "ledger": book}
                 )
-                yield collate(rows, self.encoder.tokenizer.pad_id)
+                yield collate(rows, self.encoder.pad_id)
             step, skip = following, 0
 
     def _encoded(self, start: int) -> Iterator[tuple[int, Encoded | RowRejected]]:

@@ -15,7 +15,7 @@ from accessory import config as configuration
 from accessory.data import layouts
 from accessory.data.files import Rows, open_rows
 from accessory.data.rows import RowRejected
-from accessory.schema import Sample
+from accessory.schema import CAPTION, Sample
 
 _PROBED = 20  # rows read at start, so that a wrong column map is seen before training begins
 
@@ -36,7 +36,7 @@ class FileConfig:
     other sources, ``name`` a label for the ledger.
     """
 
-    kind: Literal["llava", "sharegpt", "alpaca", "messages"]
+    kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions"]
     path: str
     root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -108,6 +108,7 @@ class FileSource:
         self.name = config.name or config.path
         self.weight = config.weight
         self._rows = rows
+        self._caption = config.kind == "captions"
         root = Path(config.root) if config.root else Path(config.path).parent
         self._layout = layouts.Layout(config.kind, config.columns, root.resolve(), config.options.image_first)
 
@@ -120,7 +121,7 @@ class FileSource:
             turns = self._layout.turns(self._rows[index])
         except ValueError as error:
             raise RowRejected(str(error), self.config.path, index) from error
-        return Sample(turns, source=self.name, index=index)
+        return Sample(turns, source=self.name, index=index, meta={CAPTION: True} if self._caption else {})
 
 
 class BuiltinSource:

@@ -26,7 +26,10 @@ Piece = str | Control
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a rendered dialogue: text, a control token or a picture, and whether it is learned."""
+    """A stretch of a rendered dialogue: text, a control token or a picture, and whether it is learned.
+
+    A picture that the assistant shows is learned by models that draw (``data/encode.py``); to others it is context.
+    """
 
     content: str | Control | Picture
     learn: bool = False
@@ -238,7 +241,7 @@ def _assistant(template: Template, turn: Turn, hoisted: bool) -> Iterator[Segmen
         yield Segment(template.lead, learn=True)
     parts: Sequence[str | Picture] = [p for p in turn.parts if not (hoisted and isinstance(p, Picture))]
     for part in _stripped(parts) if template.strip else parts:
-        yield Segment(part, learn=isinstance(part, str))
+        yield Segment(part, learn=True)
     yield from (Segment(p, learn=True) for p in template.end)
     yield from (Segment(p) for p in template.after)
 

@@ -179,8 +179,12 @@ def from_tensors(
     return model.requires_grad_(True)
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, **known: Any) -> FlagDiT:
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, config: FlagDiTConfig | None = None, **known: Any
+) -> FlagDiT:
     """A model of a ``.safetensors`` file, or of a folder with one (ours, Lumina's or diffusers').
+
+    ``config`` None takes that of the folder, or what the shapes say.
 
     Raises:
         ValueError: for several files or none, a tensor-parallel shard, pickles, or weights that do not fit.
@@ -189,8 +193,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, **known: Any) -> Fl
 
     file = _single(Path(path))
     stated = file.parent / CONFIG
-    config = None
-    if file.name == WEIGHTS and stated.is_file():
+    if config is None and file.name == WEIGHTS and stated.is_file():
         tree = json.loads(stated.read_text(encoding="utf-8")).get("denoiser")
         config = None if tree is None else build(tree | known, FlagDiTConfig, str(stated))
     return from_tensors(load_file(file), config, dtype, **({} if config else known))

@@ -165,18 +165,20 @@ class Dream(nn.Module):
             return scores
         return torch.cat((scores, (h @ self.start_output.to(h.dtype))[..., None]), -1)
 
-    def embed(self, ids: Tensor, tiles: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+    def embed(
+        self, ids: Tensor, tiles: Tensor | None = None, features: Tensor | None = None, *, cropped: bool = False
+    ) -> Tensor:
         """Input vectors (B, T, D) of ids (B, T) as :meth:`MLLM.embed` makes them, spans filled in.
 
-        Raises:
-            ValueError: for a torn span.
+        ``cropped``: triggers alone stand for spans, as in a cache that hides them. ValueError for a torn span.
         """
-        count = len(self.span.find(ids)[0])
+        count = int((ids == DREAM_START).sum()) if cropped else len(self.span.find(ids)[0])
         x = self.net.embed(ids, tiles, features)
         start: Tensor | None = self.start
         if start is None:
             start = self.net.backbone.embed(torch.tensor([self.config.trigger], device=ids.device))[0]
         x = splice(x, ids == DREAM_START, start.expand(count, -1), "dream_start")
+        count = 0 if cropped else count
         x = splice(x, ids == DREAM_END, self.end.expand(count, -1), "dream_end")
         return splice(x, ids == DREAM, self.queries.expand(count, -1, -1).flatten(0, 1), "dream")
 
@@ -189,17 +191,18 @@ class Dream(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         context: Tensor | None = None,
+        cropped: bool = False,
     ) -> States:
-        """States of ids (B, T); arguments as in :meth:`MLLM.forward`, ``mask`` (B, past + T) marks padding only."""
+        """States of ids (B, T); see :meth:`MLLM.forward`, :meth:`embed`. ``mask`` (B, past + T) marks padding only."""
         backbone = self.net.backbone
-        x = self.embed(ids, tiles, features)
+        x = self.embed(ids, tiles, features, cropped=cropped)
         if context is None and tiles is not None:
             context = self.net.context(ids, tiles)
         positions, t = None, ids.shape[1]
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, mask.shape[1] - t :]
         if mask is not None and bool(mask.all()):
             mask = None  # as a text encoder does: the plain causal kernel rounds otherwise than a masked one
-        if self.config.hide_queries_from_future and bool((ids == DREAM_START).any()):
+        if self.config.hide_queries_from_future and not cropped and bool((ids == DREAM_START).any()):
             past = 0 if cache is None else cache.length
             mask, positions = hide_spans(ids, mask, past, backbone.config.window)
         n = backbone.config.n_layers

@@ -12,7 +12,7 @@ import torch
 from accessory.backbone.generate import Sampling, StopMatcher, stream
 from accessory.models.build import Model
 from accessory.nn.cache import KVCache
-from accessory.schema import Turn
+from accessory.schema import Part, Turn
 from accessory.tokens import IMAGE
 
 
@@ -41,12 +41,7 @@ class Prompt:
     def of(cls, model: Model, turns: Sequence[Turn]) -> Prompt:
         """The prompt that asks for an answer to ``turns``."""
         row, per_tile = model.encoder.row(turns, generate=True), model.encoder.tokens_per_tile
-        tiles = [hashlib.blake2b(t.numpy().tobytes(), digest_size=16).digest() for t in row.tiles]
-        seen, keys = 0, list[int | bytes]()
-        for i in row.ids.tolist():
-            keys.append(tiles[seen // per_tile] if i == IMAGE else i)
-            seen += i == IMAGE
-        return cls(row.ids, row.tiles, keys, per_tile)
+        return cls(row.ids, row.tiles, content_keys(row.ids, row.tiles, per_tile), per_tile)
 
     def reusable(self, held: Sequence[int | bytes]) -> int:
         """Leading positions that a cache of ``held`` spares: whole tiles only, and never all of the prompt."""
@@ -63,6 +58,16 @@ class Prompt:
         return int((self.ids[:position] == IMAGE).sum())
 
 
+def content_keys(ids: torch.Tensor, tiles: torch.Tensor, per_tile: int) -> list[int | bytes]:
+    """Ids (T) with the content of its tile in place of every image placeholder."""
+    content = [hashlib.blake2b(t.numpy().tobytes(), digest_size=16).digest() for t in tiles]
+    seen, keys = 0, list[int | bytes]()
+    for i in ids.tolist():
+        keys.append(content[seen // per_tile] if i == IMAGE else i)
+        seen += i == IMAGE
+    return keys
+
+
 def common(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of the common beginning."""
     n = 0
@@ -73,11 +78,16 @@ def common(a: Sequence[object], b: Sequence[object]) -> int:
     return n
 
 
-class _Trimmer:
+class Trimmer:
     """Drops blanks at both ends of a stream; for templates whose training did the same."""
 
     def __init__(self, active: bool) -> None:
         self._active, self._begun, self._held = active, False, ""
+
+    def release(self) -> str:
+        """The blanks held back, when something other than text follows them."""
+        held, self._held = self._held if self._begun else "", ""
+        return held
 
     def push(self, piece: str) -> str:
         if not self._active:
@@ -98,7 +108,7 @@ class Answer:
         self.reused, self.tiles = keep, prompt.tiles_from(keep)
         self._model, self._cache, self._sampling = model, cache, sampling
         self._decoder, self._matcher = model.tokenizer.stream(), StopMatcher(sampling.stop)
-        self._trimmer = _Trimmer(model.template.strip)
+        self._trimmer = Trimmer(model.template.strip)
         self._tokens: Iterator[list[int | None]] | None = None
 
     def step(self) -> str:
@@ -134,6 +144,14 @@ class Answer:
         tiles = self.tiles.to(device) if len(self.tiles) else None
         x = net.embed(ids[:, self.reused :], tiles)
         return stream(net.backbone, x, ids=ids, cache=self._cache, sampling=self._sampling)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was said so far, as a turn holds it."""
+        return (self.text,)
+
+    def close(self) -> None:
+        """Nothing runs between steps."""
 
     def held(self) -> list[int | bytes]:
         """What the cache holds now: it never has more than the prompt and the tokens that came out."""

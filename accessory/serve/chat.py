@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from accessory.backbone.fast import accelerate_for_cpu
 from accessory.backbone.generate import Sampling
@@ -20,12 +20,16 @@ from accessory.models import build
 from accessory.models.build import Model
 from accessory.nn.cache import KVCache
 from accessory.parallel.groups import choose_device
-from accessory.schema import Turn
+from accessory.schema import Part, Turn
 from accessory.serve.answer import Answer, Cost, Prompt, common
 from accessory.serve.media import Limits, Source, turns_of, user_turn
 
 SHIPPED = Path(__file__).resolve().parents[2] / "weights"
 """Where the models lie that come with a checkout."""
+
+
+Event = TypeVar("Event")
+Event_co = TypeVar("Event_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,50 @@ class Notice:
     text: str
 
 
-class Chat:
-    """One conversation. Many may share a model: steps of different chats take turns under a common ``lock``.
+class Reply(Protocol[Event_co]):
+    """An answer in the making, as a dialogue drives it: see :class:`accessory.serve.answer.Answer`."""
 
-    ``sampling`` is the default of :meth:`ask`; the template's stops are always added. Dialogues that no longer fit
-    ``max_length`` of the model's configuration lose their oldest whole exchanges, and a :class:`Notice` says so.
+    @property
+    def begun(self) -> bool:
+        """Whether it has touched the cache."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more comes."""
+        ...
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was said so far."""
+        ...
+
+    def step(self) -> Event_co | None:
+        """The next thing to tell, if this step makes one."""
+        ...
+
+    def held(self) -> list[int | bytes]:
+        """What the cache holds now."""
+        ...
+
+    def cost(self) -> Cost:
+        """What it took so far."""
+        ...
+
+    def close(self) -> None:
+        """End what runs between steps."""
+        ...
+
+
+Make = Callable[[Prompt, KVCache, Sampling, int], Reply[Event]]
+"""An answer to a prompt over a cache, of which so many leading positions are the prompt's already."""
+
+
+class Dialogue(Generic[Event]):
+    """What all conversations share: the history, the cache and what it holds, turns under a common ``lock``.
+
+    Dialogues that no longer fit ``max_length`` of the model's configuration lose their oldest whole exchanges, and a
+    :class:`Notice` says so.
     """
 
     def __init__(
@@ -59,50 +102,12 @@ class Chat:
         self._first = self._head()  # index of the oldest turn that the model still reads
         self._cache: KVCache | None = None
         self._held: list[int | bytes] = []
-        self._open: tuple[Answer, Turn] | None = None
+        self._open: tuple[Reply[Event], Turn] | None = None
 
     @property
     def history(self) -> tuple[Turn, ...]:
         """Everything said so far, also what the model no longer reads."""
         return self._history
-
-    def ask(
-        self, text: str, images: Sequence[Source] = (), sampling: Sampling | None = None
-    ) -> Generator[str, None, None]:
-        """The answer to ``text`` about ``images`` (paths, bytes or PIL) in pieces as they come.
-
-        Closing the iterator stops the answer; what was said until then stays in the history.
-
-        Raises:
-            ValueError: at once, before anything changes, for unusable pictures or a turn that cannot fit.
-        """
-        events = self.events(user_turn(text, images, self.limits), sampling)
-        return _texts(events)
-
-    def say(self, text: str, images: Sequence[Source] = (), sampling: Sampling | None = None) -> str:
-        """The whole answer."""
-        return "".join(self.ask(text, images, sampling))
-
-    def events(self, turn: Turn, sampling: Sampling | None = None) -> Generator[str | Notice, None, None]:
-        """As :meth:`ask`, for a turn already made, with notices among the pieces."""
-        if turn.pictures and self.model.net.projector is None:
-            raise ValueError("this model takes no pictures in a chat: it has no projector that splices them in")
-        if turn.pictures and self.model.net.resampler is not None:
-            raise ValueError("this model takes no pictures in a chat: it also sees through a visual prefix (resampler)")
-        with self._lock:
-            self._settle()
-            sampling = self._with_stops(sampling or self.sampling)
-            first, prompt = self._fit(turn, sampling.max_new_tokens)
-            limit = self.model.config.max_length
-            if self._cache is None:
-                self._cache = self.model.net.backbone.cache(1, limit)
-            room = min(sampling.max_new_tokens, limit - len(prompt.ids))
-            sampling = replace(sampling, max_new_tokens=room)
-            answer = Answer(self.model, self._cache, prompt, sampling, prompt.reusable(self._held))
-            gone = sum(t.role == "user" for t in self._history[self._first : first])
-            self._first, self._open = first, (answer, turn)
-        notices = [Notice(_forgotten(gone, limit))] if gone else []
-        return self._run(answer, notices)
 
     def undo(self) -> Turn | None:
         """Forget the last question and its answer; the question, or None when there was none."""
@@ -138,6 +143,33 @@ class Chat:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _prompt(self, turns: Sequence[Turn]) -> Prompt:
+        """What asks for an answer to ``turns``."""
+        return Prompt.of(self.model, turns)
+
+    def _listen(
+        self, turn: Turn, sampling: Sampling | None, make: Make[Event], reserve: int = 0
+    ) -> Generator[Event | Notice, None, None]:
+        """The answer that ``make`` gives to ``turn``, after room for ``reserve`` positions beside its text was made."""
+        if turn.pictures and self.model.net.projector is None:
+            raise ValueError("this model takes no pictures in a chat: it has no projector that splices them in")
+        if turn.pictures and self.model.net.resampler is not None:
+            raise ValueError("this model takes no pictures in a chat: it also sees through a visual prefix (resampler)")
+        with self._lock:
+            self._settle()
+            sampling = self._with_stops(sampling or self.sampling)
+            first, prompt = self._fit(turn, sampling.max_new_tokens, reserve)
+            limit = self.model.config.max_length
+            if self._cache is None:
+                self._cache = self.model.net.backbone.cache(1, limit)
+            room = min(sampling.max_new_tokens, limit - len(prompt.ids))
+            sampling = replace(sampling, max_new_tokens=room)
+            answer = make(prompt, self._cache, sampling, prompt.reusable(self._held))
+            gone = sum(t.role == "user" for t in self._history[self._first : first])
+            self._first, self._open = first, (answer, turn)
+        notices = [Notice(_forgotten(gone, limit))] if gone else []
+        return self._run(answer, notices)
+
     def _head(self) -> int:
         """Index of the first turn that is not the system's."""
         return int(bool(self._history) and self._history[0].role == "system")
@@ -153,24 +185,24 @@ class Chat:
         texts = dict.fromkeys((*sampling.stop, *template.stop_texts))
         return replace(sampling, stop_ids=tuple(sorted(ids)), stop=tuple(texts))
 
-    def _fit(self, turn: Turn, wanted: int) -> tuple[int, Prompt]:
+    def _fit(self, turn: Turn, wanted: int, reserve: int) -> tuple[int, Prompt]:
         """The prompt, and the index of the oldest turn in it after whole exchanges were dropped to make room."""
         limit = self.model.config.max_length
-        room = min(wanted, limit // 4)
+        room = min(wanted, limit // 4) + reserve
         starts = [i for i, t in enumerate(self._history) if t.role == "user" and i >= self._first]
         for first in (*starts, len(self._history)):
-            prompt = Prompt.of(self.model, (*self._history[: self._head()], *self._history[first:], turn))
+            prompt = self._prompt((*self._history[: self._head()], *self._history[first:], turn))
             if len(prompt.ids) + room <= limit:
                 return first, prompt
-        if len(prompt.ids) < limit:
+        if len(prompt.ids) + reserve < limit:
             return len(self._history), prompt
         seen = int((prompt.ids < 0).sum())
         raise ValueError(
-            f"this turn alone takes {len(prompt.ids)} positions ({seen} of them for {len(turn.pictures)} pictures), "
-            f"the limit of this model is {limit}; ask less or bring fewer pictures"
+            f"this turn alone takes {len(prompt.ids) + reserve} positions ({seen} of them for {len(turn.pictures)} "
+            f"pictures), the limit of this model is {limit}; ask less or bring fewer pictures"
         )
 
-    def _run(self, answer: Answer, notices: Sequence[Notice]) -> Generator[str | Notice, None, None]:
+    def _run(self, answer: Reply[Event], notices: Sequence[Notice]) -> Generator[Event | Notice, None, None]:
         failed = False
         try:
             yield from notices
@@ -194,11 +226,42 @@ class Chat:
         if self._open is None:
             return
         (answer, turn), self._open = self._open, None
+        answer.close()
         if not answer.begun:
             return  # nobody listened, and the cache is as it was
         self._held, self.last_cost = answer.held(), answer.cost()
-        if not failed and (answer.text or answer.finished):
-            self._history = (*self._history, turn, Turn("assistant", (answer.text,)))
+        if not failed and (any(answer.parts) or answer.finished):
+            self._history = (*self._history, turn, Turn("assistant", answer.parts))
+
+
+class Chat(Dialogue[str]):
+    """One conversation. Many may share a model: steps of different chats take turns under a common ``lock``.
+
+    ``sampling`` is the default of :meth:`ask`; the template's stops are always added.
+    """
+
+    def ask(
+        self, text: str, images: Sequence[Source] = (), sampling: Sampling | None = None
+    ) -> Generator[str, None, None]:
+        """The answer to ``text`` about ``images`` (paths, bytes or PIL) in pieces as they come.
+
+        Closing the iterator stops the answer; what was said until then stays in the history.
+
+        Raises:
+            ValueError: at once, before anything changes, for unusable pictures or a turn that cannot fit.
+        """
+        return _texts(self.events(user_turn(text, images, self.limits), sampling))
+
+    def say(self, text: str, images: Sequence[Source] = (), sampling: Sampling | None = None) -> str:
+        """The whole answer."""
+        return "".join(self.ask(text, images, sampling))
+
+    def events(self, turn: Turn, sampling: Sampling | None = None) -> Generator[str | Notice, None, None]:
+        """As :meth:`ask`, for a turn already made, with notices among the pieces."""
+        return self._listen(turn, sampling, self._answer)
+
+    def _answer(self, prompt: Prompt, cache: KVCache, sampling: Sampling, keep: int) -> Answer:
+        return Answer(self.model, cache, prompt, sampling, keep)
 
 
 def _texts(events: Generator[str | Notice, None, None]) -> Generator[str, None, None]:
@@ -248,20 +311,32 @@ class ChatModel:
         return "".join(_texts(events))
 
 
-class Sessions:
-    """One :class:`Chat` a visitor; the one idle for longest is forgotten when there are more than ``capacity``."""
+Talk = TypeVar("Talk")
+Talk_co = TypeVar("Talk_co", covariant=True)
 
-    def __init__(self, model: ChatModel, capacity: int = 16) -> None:
+
+class Starts(Protocol[Talk_co]):
+    """What starts conversations."""
+
+    def new_chat(self) -> Talk_co:
+        """A conversation without a history."""
+        ...
+
+
+class Sessions(Generic[Talk]):
+    """One chat a visitor; the one idle for longest is forgotten when there are more than ``capacity``."""
+
+    def __init__(self, model: Starts[Talk], capacity: int = 16) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self._model, self._capacity = model, capacity
-        self._chats: OrderedDict[str, Chat] = OrderedDict()
+        self._chats: OrderedDict[str, Talk] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> Chat:
+    def get(self, key: str) -> Talk:
         """The chat of ``key``, new when there is none."""
         with self._lock:
-            chat = self._chats.pop(key, None) or self._model.new_chat()
+            chat = self._chats.pop(key) if key in self._chats else self._model.new_chat()
             self._chats[key] = chat
             while len(self._chats) > self._capacity:
                 self._chats.popitem(last=False)

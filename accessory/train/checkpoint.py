@@ -22,6 +22,7 @@ from torch import Tensor
 
 MARKER = "COMPLETE"
 _STEP = re.compile(r"^step-(\d{6,})$")
+_AVERAGE = "average.safetensors"
 _SLACK = 1 << 20  # bytes that must stay free beside the tensors: texts, folder entries
 
 
@@ -31,12 +32,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: tensors by name, the JSON-able state of the run, and texts to keep beside it."""
+    """What a checkpoint holds: tensors by name (``average`` empty without one), the JSON-able state of the run, and
+    texts to keep beside it."""
 
     trainable: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
     texts: Mapping[str, str] = field(default_factory=dict)
+    average: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def folder(output_dir: str | Path, step: int) -> Path:
@@ -65,6 +68,8 @@ def save(output_dir: str | Path, step: int, checkpoint: Checkpoint) -> Path:
     """
     target = folder(output_dir, step)
     tensors = {"trainable.safetensors": checkpoint.trainable, "optimizer.safetensors": checkpoint.optimizer}
+    if checkpoint.average:
+        tensors[_AVERAGE] = checkpoint.average
     texts = {**checkpoint.texts, "state.json": json.dumps(checkpoint.state)}
     write_folder(target, tensors, texts)
     try:
@@ -173,6 +178,7 @@ def load(path: Path) -> Checkpoint:
             trainable=load_file(path / "trainable.safetensors"),
             optimizer=load_file(path / "optimizer.safetensors"),
             state=json.loads((path / "state.json").read_text()),
+            average=load_file(path / _AVERAGE) if (path / _AVERAGE).is_file() else {},
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Resume from an earlier checkpoint.") from error

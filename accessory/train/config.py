@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_FIXED = ("model", "objective", "data", "train.seed", "train.accumulation", "train.batch_size")
+_FIXED = ("model", "generator", "objective", "data", "train.seed", "train.accumulation", "train.batch_size")
 _FREE = ("data.workers", "data.max_bad_rate")  # batches are the same whatever they are
 
 
@@ -63,6 +63,23 @@ class GroupConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """A running average of what trains: ``decay`` for every ``every``-th update, but at most ``(1 + n) / (warmup + n)``
+    for its n-th. ``export``: it becomes the final weights."""
+
+    decay: float = 0.999
+    warmup: int = 10
+    every: int = 1
+    export: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay {self.decay} must be at least 0 and below 1")
+        if self.warmup < 1 or self.every < 1:
+            raise ValueError(f"ema.warmup {self.warmup} and ema.every {self.every} must be at least 1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A run of ``max_steps`` updates, or of ``max_seconds``, whichever ends first.
 
@@ -95,6 +112,7 @@ class TrainConfig:
     max_seconds: float | None = None
     schedule_by: Literal["steps", "time"] = "steps"
     tensorboard: bool = True
+    ema: EmaConfig | None = None
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "batch_size", "accumulation", "checkpoint_every", "keep_last", "log_every")

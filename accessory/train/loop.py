@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,8 +21,10 @@ from accessory.schema import Batch
 from accessory.train import blocks as block_tools
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig, check_resumed
-from accessory.train.metrics import Metrics, Window
-from accessory.train.optim import Optimizer, check_names, learning_rate
+from accessory.train.ema import Average
+from accessory.train.metrics import Metrics, Window, source_names
+from accessory.train.optim import Optimizer, check_names, learning_rate, trained_buffers
+from accessory.train.parts import PartNorms, PartObjective
 from accessory.train.signals import Interrupts
 
 if TYPE_CHECKING:  # the loop takes any objective; importing ours would import the models
@@ -120,7 +122,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.optimizer = Optimizer(model, config)
         self.device = next(iter(self.optimizer.parameters.values())).device
-        self.buffers = _trained_buffers(model)
+        self.buffers = trained_buffers(model)
         self.step, self.clock, self.window = 0, _Clock(), Window()
         self.saved: Path | None = None
         self.row: dict[str, Any] = {}
@@ -128,6 +130,8 @@ class Trainer:
         rng.seed_all(config.seed + groups.rank())
         groups.broadcast_many([p.data for p in (*self.optimizer.masters.values(), *self.buffers.values())])
         self.optimizer.publish()
+        self.average = None if config.ema is None else Average(config.ema, self.optimizer.masters)
+        self.part_norms: dict[str, float] = {}
         found = checkpoint.resolve(resume, self.output_dir)
         history = 0 if found is None else self._resume(found)
         self.metrics: Metrics | None = None
@@ -204,25 +208,34 @@ class Trainer:
             self._diverged(f"the gradient norm is {total}", sources)
         self.optimizer.step(lr)
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         self.window.add(sums, time.monotonic() - begin, waited)
         if self.metrics is not None:
             self.metrics.tick()
         if self.step % self.config.log_every == 0 or self.step == self.config.max_steps:
-            self._log(lr, total, {f"grad_norm/{k}": float(v) for k, v in norms.items()} if len(norms) > 1 else {})
+            per_group = {f"grad_norm/{k}": float(v) for k, v in norms.items()} if len(norms) > 1 else {}
+            self._log(lr, total, {**per_group, **self.part_norms})
+            self.part_norms = {}
 
     def _accumulate(self) -> tuple[dict[str, float], list[float], list[tuple[str, ...]], float]:
         """Backward through a window. Returns sums over all ranks, this rank's losses and sources, seconds waited."""
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         sources: list[tuple[str, ...]] = []
-        waited = 0.0
-        for _ in range(self.config.accumulation):
+        waited, batches = self._window()
+        parts = self.objective if isinstance(self.objective, PartObjective) else None
+        due = parts is not None and parts.norms_every and (self.step + 1) % parts.norms_every == 0
+        part_norms = PartNorms(self.optimizer.parameters) if due else None
+        for batch in batches:
             begin = time.monotonic()
-            batch = self._next()
+            batch = batch or self._next()
             waited += time.monotonic() - begin
-            tokens, images = batch.mask.sum(), batch.tiles.shape[0]
+            tokens, images = batch.mask.sum(), batch.images
             with self._precision():
                 loss, count, others = self.objective(self.model, batch.to(self.device))
+            if part_norms is not None and parts is not None:
+                part_norms.add(parts.parts)
             if loss.requires_grad:  # a micro-batch may have nothing to learn on this rank
                 loss.backward()
                 self.optimizer.collect()
@@ -234,7 +247,18 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
         # One transfer for everything: a scalar read at a time would stall the device each time.
         packed = groups.all_reduce(torch.stack(list(sums.values()))).tolist()
+        if part_norms is not None:
+            self.part_norms = part_norms.norms(dict(zip(sums, packed, strict=True))["count"])
         return dict(zip(sums, packed, strict=True)), torch.stack(losses).tolist(), sources, waited
+
+    def _window(self) -> tuple[float, Sequence[Batch | None]]:
+        """Seconds waited and the micro-batches of an update, where the objective wants to know all of them first."""
+        if not isinstance(self.objective, PartObjective):
+            return 0.0, [None] * self.config.accumulation  # one at a time, so that no more than one is held
+        begin = time.monotonic()
+        batches = [self._next() for _ in range(self.config.accumulation)]
+        self.objective.window(batches, self.device)
+        return time.monotonic() - begin, batches
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         # On the CPU the model carries its own dtypes: autocast there would convert frozen weights at every step.
@@ -257,13 +281,14 @@ class Trainer:
             bad = [s for value, s in zip(losses, sources, strict=True) if not torch.isfinite(torch.tensor(value))]
             self._diverged(f"the loss is {loss}", bad)
         if count <= 0:
-            raise ValueError(f"step {self.step + 1}: no token to learn in the batches of {_names(sources)}")
+            raise ValueError(f"step {self.step + 1}: no token to learn in the batches of {source_names(sources)}")
 
     def _diverged(self, what: str, sources: list[tuple[str, ...]]) -> None:
         everywhere = [s for part in groups.gather_objects(sources) for s in part]
         good = checkpoint.latest(self.output_dir)
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-        raise TrainingDiverged(f"{what} at step {self.step + 1}; {where}; the batch came from {_names(everywhere)}")
+        come = source_names(everywhere)
+        raise TrainingDiverged(f"{what} at step {self.step + 1}; {where}; the batch came from {come}")
 
     # --- what is seen and kept -------------------------------------------------------------------------------------
 
@@ -299,7 +324,9 @@ class Trainer:
                     "window": self.window.state(),
                     "ranks": ranks,
                 }
-                content = checkpoint.Checkpoint(self.trainable(), self.optimizer.state(), state, self._texts())
+                average = {} if self.average is None else self.average.values
+                optimizer, texts = self.optimizer.state(), self._texts()
+                content = checkpoint.Checkpoint(self.trainable(), optimizer, state, texts, average)
                 checkpoint.save(self.output_dir, self.step, content)
                 checkpoint.prune(self.output_dir, self.config.keep_last)
         self.saved = target
@@ -321,9 +348,12 @@ class Trainer:
         return {"config.yaml": self.hooks.resolved or configs.dump(self.config), "versions.json": self.versions}
 
     def _export(self) -> Path:
-        """``final/``: the trainable part alone, with its configuration."""
+        """``final/``: the trainable part alone, averaged where that is wanted, with its configuration."""
         target = self.output_dir / "final"
-        with self._together():
+        swap: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.average is not None and self.average.config.export:
+            swap = self.average.applied(self.optimizer.publish)
+        with self._together(), swap:
             if self.metrics is not None:
                 state = self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
                 texts = {**self._texts(), **self.hooks.texts}  # with the tensors, so that no half of it is ever seen
@@ -348,6 +378,8 @@ class Trainer:
                 own[name].copy_(value)
         self.optimizer.publish()
         self.optimizer.load_state(content.optimizer)
+        if self.average is not None:
+            self.average.load(content.average)
         mine = ranks[groups.rank()]
         self.source.load_state_dict(mine["data"])
         self.step, self.saved = content.state["step"], None
@@ -366,21 +398,3 @@ class Trainer:
         before = configs.parse(kept.read_text(encoding="utf-8"), str(kept))
         for line in check_resumed(before, configs.parse(self.hooks.resolved), str(path)):
             LOG.info("changed since the checkpoint: %s", line)
-
-
-def _trained_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers of modules with a trainable parameter of their own: a batch norm's running statistics."""
-    keys = model.state_dict().keys()
-    out: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            for name, value in module.named_buffers(prefix=prefix, recurse=False):
-                if name in keys:
-                    out[name] = value
-    return out
-
-
-def _names(sources: list[tuple[str, ...]]) -> str:
-    names = sorted({name for part in sources for name in part if name})
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return shown or "an unnamed source"

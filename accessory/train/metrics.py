@@ -124,6 +124,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
+def source_names(sources: list[tuple[str, ...]]) -> str:
+    """Where batches came from, for an error message."""
+    names = sorted({name for part in sources for name in part if name})
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return shown or "an unnamed source"
+
+
 def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -144,6 +144,18 @@ class Optimizer:
             self.adamw.state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
 
 
+def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers of modules with a trainable parameter of their own: a batch norm's running statistics."""
+    keys = model.state_dict().keys()
+    out: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for name, value in module.named_buffers(prefix=prefix, recurse=False):
+                if name in keys:
+                    out[name] = value
+    return out
+
+
 def check_names(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
     """Raise ValueError listing the names that ``found`` lacks or has too many of."""
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())

@@ -13,7 +13,7 @@ from accessory import config as configuration
 from accessory import log
 from accessory.backbone.store import read_file
 from accessory.data.audit import render_row
-from accessory.data.loader import Loader
+from accessory.data.loader import Loader, RowEncoder
 from accessory.data.mixture import Ledger, Mixture
 from accessory.data.rows import RowRejected
 from accessory.data.sources import load_sources
@@ -94,10 +94,11 @@ def run(
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
     if config.init is not None and fresh:
         warm_start(model.net, Path(config.init))
-    source = _loader(config, model, folder, cache)
+    size = model.config.tiling.size
+    source = open_loader(config.data, config.train, model.encoder, size, folder, cache)
     if config.match_scale and fresh:
         _match_scale(model, source)
-    describe(model, source)
+    describe(model.net, source)
     # A resume asks whether the base is still the same, so the run's configuration says which one it was.
     resolved = configuration.dump(replace(config, model=replace(config.model, base_sha256=model.config.base_sha256)))
     if dry_run:
@@ -110,7 +111,7 @@ def run(
         texts={
             build.CONFIG_FILE: configuration.dump(model.config),
             "run.yaml": resolved,
-            "sources.yaml": _sources(config, folder).read_text(encoding="utf-8"),
+            "sources.yaml": sources_file(config.data, folder).read_text(encoding="utf-8"),
         },
     )
     return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
@@ -159,22 +160,24 @@ def _peek(source: Loader) -> Batch:
     return next(iter(look))
 
 
-def _sources(config: RunConfig, folder: Path) -> Path:
-    """The file of ``data.sources``."""
-    named = Path(config.data.sources)
+def sources_file(data: DataConfig, folder: Path) -> Path:
+    """The file of ``data.sources``, which counts from the working directory or from ``folder``."""
+    named = Path(data.sources)
     return named if named.is_file() else folder / named
 
 
-def _loader(config: RunConfig, model: Model, folder: Path, cache: Path | None) -> Loader:
-    path = _sources(config, folder)
-    sources = load_sources(path, cache=cache, seed=config.train.seed, size=model.config.tiling.size)
-    ledger = Ledger(Path(config.train.output_dir) / "rejected.jsonl", max_rate=config.data.max_bad_rate)
+def open_loader(
+    data: DataConfig, train: TrainConfig, encoder: RowEncoder, size: int, folder: Path, cache: Path | None
+) -> Loader:
+    """The batches of this rank; ``size``: side in pixels of the built-in sets' pictures."""
+    sources = load_sources(sources_file(data, folder), cache=cache, seed=train.seed, size=size)
+    ledger = Ledger(Path(train.output_dir) / "rejected.jsonl", max_rate=data.max_bad_rate)
     return Loader(
-        Mixture(sources, config.train.seed),
-        model.encoder,
-        config.train.batch_size,
-        num_workers=config.data.workers,
-        window=config.data.window,
+        Mixture(sources, train.seed),
+        encoder,
+        train.batch_size,
+        num_workers=data.workers,
+        window=data.window,
         rank=groups.rank(),
         world=groups.world_size(),
         ledger=ledger,
@@ -199,14 +202,14 @@ def _plan(model: Model, source: Loader, config: TrainConfig, resolved: str) -> N
     raise ValueError(f"none of the first {source.ledger.after} rows can be used")
 
 
-def describe(model: Model, source: Loader) -> None:
+def describe(net: nn.Module, source: Loader) -> None:
     """Say what trains and on what."""
     parts: dict[str, int] = {}
-    for name, p in model.net.named_parameters():
+    for name, p in net.named_parameters():
         if p.requires_grad:
             part = name.split(".")[0]
             parts[part] = parts.get(part, 0) + p.numel()
-    total = sum(p.numel() for p in model.net.parameters())
+    total = sum(p.numel() for p in net.parameters())
     trained = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in parts.items()) or "nothing"
     LOG.info("%.1f M parameters, trained: %s", total / 1e6, trained)
     for s in source.mixture.sources:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from accessory.backbone.fast import accelerate, release
-from accessory.backbone.generate import Sampling, StopMatcher, _Row, generate, keep_top_k, keep_top_p, penalize, stream
+from accessory.backbone.generate import Row, Sampling, StopMatcher, generate, keep_top_k, keep_top_p, penalize, stream
 from accessory.backbone.llama import Llama, LlamaConfig
 
 V = 61
@@ -135,7 +135,7 @@ def test_draws_follow_the_distribution_of_transformers_chain() -> None:
     )
     expected = chain(ids[:, :3], scores[None].clone())[0].softmax(-1)
     sampling = Sampling(temperature=0.8, top_k=8, top_p=0.9, repetition_penalty=1.5)
-    row = _Row(sampling, V, ids[0], torch.device("cpu"))
+    row = Row(sampling, V, ids[0], torch.device("cpu"))
     row.generator.manual_seed(0)
     start = row.seen.clone()
     counts: Counter[int] = Counter()

@@ -1,0 +1,225 @@
+"""Generators, prompts to pictures: built from a configuration, saved as a folder and loaded from one.
+
+A generator folder holds ``config.yaml`` (with ``kind: generator``) and ``trainable.safetensors``: what was trained and
+what was drawn at random. Weights that are named by a source or a base are never copied into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory import config as configuration
+from accessory import log
+from accessory.backbone.keys import check_keys
+from accessory.backbone.store import atomic_folder, read_file, write_file
+from accessory.diffusion import autoencoder, dit_weights, unet
+from accessory.diffusion.flag_dit import FlagDiT
+from accessory.diffusion.latents import Codec, PixelCodec, load_vae
+from accessory.diffusion.sampler import SamplerSettings
+from accessory.diffusion.unet import DiffusersDenoiser
+from accessory.models.build import CONFIG_FILE, DTYPES, WEIGHTS_FILE, ModelConfig, base_folder
+from accessory.models.conditioner import TextConditioner, build_conditioner
+from accessory.models.generator_config import (
+    AutoencoderSource,
+    CodecConfig,
+    DenoiserConfig,
+    Dtype,
+    FlagDiTSource,
+    PixelSource,
+)
+from accessory.models.generator_config import GeneratorConfig as GeneratorConfig
+from accessory.models.generator_net import Generator as Generator
+
+_log = log.get(__name__)
+
+
+def build_generator(config: GeneratorConfig, *, cache: Path | None = None, train: bool = False) -> Generator:
+    """Everything that ``config`` names; ``train`` makes what ``tuning`` names trainable.
+
+    Raises:
+        ValueError: for parts that do not fit, a base that is not the one that was trained on, or a pattern that names
+            nothing; AssetError when an asset has not been fetched.
+    """
+    made = _assemble(config, cache)
+    names = _matching(made, made.config.tuning)
+    for name, p in made.named_parameters():
+        p.requires_grad_(train and name in names)
+        if name in names and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()  # a small step is lost in eight bits
+    if isinstance(made.conditioner, TextConditioner):
+        made.conditioner.encoder.frozen = not any(p.requires_grad for p in made.conditioner.parameters())
+    if isinstance(made.denoiser, DiffusersDenoiser):
+        made.denoiser.frozen = not any(p.requires_grad for p in made.denoiser.parameters())
+    return made.train(train)
+
+
+def _assemble(config: GeneratorConfig, cache: Path | None) -> Generator:
+    if config.base is not None:
+        return _on_base(config, cache)
+    assert config.denoiser is not None
+    assert config.codec is not None
+    assert config.conditioner is not None
+    # In this order: random weights of a denoiser are the same whatever conditions it.
+    denoiser, codec = _denoiser(config.denoiser), _codec(config.codec)
+    conditioner, resolved, own = build_conditioner(config.conditioner, cache)
+    kept = {f"conditioner.{name}" for name in own}
+    if isinstance(config.denoiser, FlagDiTSource) and config.denoiser.source is None:
+        kept |= {f"denoiser.{name}" for name in denoiser.state_dict()}
+    if isinstance(config.codec, AutoencoderSource) and config.codec.source is None:
+        kept |= {f"codec.{name}" for name in codec.state_dict()}
+    full = replace(config, conditioner=resolved, sampler=config.sampler or SamplerSettings())
+    return Generator(full, denoiser, codec, conditioner, frozenset(kept))
+
+
+def _on_base(config: GeneratorConfig, cache: Path | None) -> Generator:
+    """A loaded base with other tuning, and perhaps another conditioner."""
+    folder = base_folder(ModelConfig(base=config.base))
+    digest = hashlib.sha256(_bytes(folder)).hexdigest()
+    if config.base_sha256 not in (None, digest):
+        raise ValueError(
+            f"base {config.base} is not the generator that this one was trained on: it has SHA-256 {digest}, "
+            f"base_sha256 is {config.base_sha256}"
+        )
+    base = load_generator(folder, cache=cache)
+    said = [
+        name
+        for name in ("denoiser", "codec")
+        if getattr(config, name) not in (None, getattr(base.config, name))
+    ]  # fmt: skip
+    if said:
+        raise ValueError(f"base {config.base} brings its own {' and '.join(said)}; leave that out")
+    conditioner, resolved, kept = base.conditioner, base.config.conditioner, frozenset[str]()
+    if config.conditioner not in (None, resolved):
+        _log.info("base %s: a new conditioner takes the place of its own", config.base)
+        conditioner, resolved, kept = build_conditioner(config.conditioner, cache)
+    full = replace(
+        base.config, conditioner=resolved, sampler=config.sampler or base.config.sampler,
+        size=config.size or base.config.size, tuning=config.tuning, base=config.base, base_sha256=digest,
+    )  # fmt: skip
+    names = frozenset(f"conditioner.{name}" for name in kept)
+    return Generator(full, base.denoiser, base.codec, conditioner, names)
+
+
+def _denoiser(config: DenoiserConfig) -> FlagDiT | DiffusersDenoiser:
+    dtype = DTYPES[config.dtype]
+    if not isinstance(config, FlagDiTSource):
+        return unet.load(_path(config.source), prediction=config.prediction, dtype=dtype)
+    if config.source is None:
+        assert config.config is not None
+        return FlagDiT(config.config).to(dtype)
+    return dit_weights.load(_path(config.source), dtype, config.config)
+
+
+def _codec(config: CodecConfig) -> Codec:
+    if isinstance(config, PixelSource):
+        return PixelCodec(config.patch)
+    if isinstance(config, AutoencoderSource):
+        if config.source is None:
+            return autoencoder.TinyAutoencoder(config.config)
+        return autoencoder.load(_path(config.source))
+    return load_vae(_path(config.source), config.family)
+
+
+def _path(name: str) -> Path:
+    """A path that counts from the working directory or else from the checkout."""
+    return base_folder(ModelConfig(base=name))
+
+
+def _matching(generator: Generator, patterns: Sequence[str]) -> set[str]:
+    names = [name for name, _ in generator.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        if not hits:
+            parts = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise ValueError(f"tuning: {pattern!r} matches no parameter; names begin with {', '.join(parts)}")
+        found |= hits
+    return found
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def is_generator(folder: str | Path) -> bool:
+    """Whether a folder is a generator's, and not, say, a chat model's."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        return False
+    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
+    return isinstance(tree, dict) and tree.get("kind") == "generator"
+
+
+def saved_state(generator: Generator) -> dict[str, Tensor]:
+    """The tensors of a generator's folder: what ``tuning`` names, and what no source could bring back."""
+    return dict(_saved(generator))
+
+
+def _saved(generator: Generator) -> Iterator[tuple[str, Tensor]]:
+    names = _matching(generator, generator.config.tuning) | generator.kept
+    for name, tensor in generator.state_dict().items():
+        if name in names:
+            yield name, tensor.detach()
+
+
+def save_generator(generator: Generator, folder: str | Path, dtype: Dtype = "fp32") -> None:
+    """Write a generator folder, all or nothing; ``fp16`` halves it and keeps eleven bits.
+
+    Raises:
+        ValueError: when the folder holds something already.
+    """
+    with atomic_folder(Path(folder)) as private:
+        to = DTYPES[dtype]
+        state = {k: v.cpu().to(to) if v.is_floating_point() else v.cpu() for k, v in _saved(generator)}
+        write_file(state, private / WEIGHTS_FILE)
+        (private / CONFIG_FILE).write_text(configuration.dump(generator.config), encoding="utf-8")
+
+
+def read_generator_config(folder: str | Path) -> GeneratorConfig:
+    """The resolved configuration of a generator folder; ValueError when it is none."""
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not a generator folder: {name} is missing")
+    if not is_generator(folder):
+        raise ValueError(f"{folder} is not a generator folder: its {CONFIG_FILE} has no kind: generator")
+    path = folder / CONFIG_FILE
+    tree: Any = configuration.parse(path.read_text(encoding="utf-8"), str(path))
+    return configuration.build(tree, GeneratorConfig, str(path))
+
+
+def load_generator(folder: str | Path, *, cache: Path | None = None, train: bool = False) -> Generator:
+    """The generator of a folder written by :func:`save_generator`.
+
+    Raises:
+        ValueError: when the folder is not a generator's, or its weights do not fit its configuration.
+    """
+    made = build_generator(read_generator_config(folder), cache=cache, train=train)
+    path = Path(folder) / WEIGHTS_FILE
+    own, state = saved_state(made), read_file(path)
+    check_keys({name: tuple(t.shape) for name, t in own.items()}, state, str(path))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+    return made
+
+
+def digest(folder: str | Path) -> str:
+    """Sixteen hexadecimal digits that name a generator folder: its configuration (with its bases') and weights."""
+    folder = Path(folder)
+    config = (folder / CONFIG_FILE).read_bytes()
+    return hashlib.sha256(config + _bytes(folder)).hexdigest()[:16]
+
+
+def _bytes(folder: Path) -> bytes:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a generator folder: {WEIGHTS_FILE} is missing")
+    return path.read_bytes()

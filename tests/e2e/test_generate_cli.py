@@ -1,0 +1,145 @@
+"""The verb ``generate``: PNG files and a manifest, resumed, with clear mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from accessory.__main__ import main
+from tests.tiny_generator import tiny_generator_dir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_generator_dir(tmp_path_factory.mktemp("generate"))
+
+
+def run(folder: Path, out: Path, *more: str) -> int:
+    return main(["generate", "--model", str(folder), "--out", str(out), "--device", "cpu", *more])
+
+
+def manifest(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_pictures_and_manifest(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a boat\n\n  two blue stars \n", encoding="utf-8")
+    out = tmp_path / "deep" / "out"
+    options = ["--prompt", "a red cat", "--prompts", str(lines), "--count", "2", "--seed", "7", "--batch", "4"]
+    assert run(folder, out, *options, "--size", "8x24", "--steps", "2", "--guidance", "2", "--time-shift", "3") == 0
+    assert "6 pictures in" in capsys.readouterr().out
+    names = [f"{i:05d}-{seed}.png" for i in range(3) for seed in (7, 8)]
+    assert sorted(p.name for p in out.glob("*")) == [*names, "manifest.jsonl"]
+    entries = manifest(out)
+    assert [e["file"] for e in entries] == names
+    assert [e["prompt"] for e in entries] == ["a red cat"] * 2 + ["a boat"] * 2 + ["two blue stars"] * 2
+    assert [e["seed"] for e in entries] == [7, 8] * 3
+    first = entries[0]
+    assert (first["width"], first["height"], first["negative"]) == (8, 24, None)
+    assert first["settings"]["grid"]["points"] == 3
+    assert first["settings"]["grid"]["shift"] == 3.0
+    assert first["settings"]["guidance"]["scale"] == 2.0
+    assert len(first["model"]) == 16
+    assert first["seconds"] >= 0
+    assert all(Image.open(out / name).size == (8, 24) for name in names)
+    assert np.abs(pixels(out / names[0]) - pixels(out / names[1])).max() > 20
+
+
+def test_what_is_there_is_skipped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path, "--prompt", "a boat", "--count", "2") == 0
+    kept, made = tmp_path / "00000-0.png", tmp_path / "00000-1.png"
+    before, again = kept.stat().st_mtime_ns, pixels(made)
+    made.unlink()
+    with (tmp_path / "manifest.jsonl").open("a") as file:
+        file.write('{"file": "torn')  # a kill in the middle of a line
+    assert run(folder, tmp_path, "--prompt", "a boat", "--count", "2") == 2
+    assert "00000-0.png exists" in capsys.readouterr().err
+    assert run(folder, tmp_path, "--prompt", "a boat", "--count", "2", "--skip-existing") == 0
+    assert "1 pictures in" in (said := capsys.readouterr().out)
+    assert "1 were there" in said
+    assert kept.stat().st_mtime_ns == before
+    assert np.abs(pixels(made) - again).max() <= 1
+    assert len(manifest(tmp_path)) == 3
+    assert run(folder, tmp_path, "--prompt", "a moon", "--skip-existing") == 2
+    assert "another prompt: 'a boat'" in capsys.readouterr().err
+    assert run(folder, tmp_path, "--prompt", "a boat", "--solver", "heun", "--skip-existing") == 2
+    assert "another settings" in capsys.readouterr().err
+
+
+def test_options_change_the_picture(folder: Path, tmp_path: Path) -> None:
+    variants: dict[str, list[str]] = {
+        "plain": [],
+        "negative": ["--negative", "two blue stars on a green hat"],
+        "solver": ["--solver", "rk4"],
+        "sde": ["--solver", "sde"],
+        "off": ["--guidance", "1"],
+        "shift": ["--time-shift", "4"],
+        "steps": ["--steps", "9"],
+    }
+    for name, options in variants.items():
+        assert run(folder, tmp_path / name, "--prompt", "a boat", *options) == 0, name
+    plain = pixels(tmp_path / "plain" / "00000-0.png")
+    assert plain.shape == (16, 16, 3)
+    same = [n for n in variants if not np.abs(pixels(tmp_path / n / "00000-0.png") - plain).max()]
+    assert same == ["plain"]
+
+
+def test_aspect(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path, "--prompt", "a boat", "--size", "16", "--aspect", "4:1", "--steps", "1") == 0
+    assert Image.open(tmp_path / "00000-0.png").size == (32, 8)
+
+
+def test_a_long_prompt_is_reported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path, "--prompt", "a small red cat " * 20, "--steps", "1") == 0
+    assert "tokens do not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--prompt", "x", "--model", "/nowhere"], "shipped ones are"),
+        (["--prompt", "x", "--size", "18"], "nearest are 16x16 or 20x20"),
+        (["--prompt", "x", "--size", "big"], "neither N nor WxH"),
+        (["--prompt", "x", "--aspect", "wide"], "16:9 for instance"),
+        (["--prompt", "x", "--aspect", "2:1", "--size", "8x8"], "both say the shape"),
+        (["--prompt", "x", "--count", "0"], "--count 0"),
+        (["--prompt", "x", "--negative", "y", "--guidance", "1"], "--negative acts through guidance"),
+        (["--prompt", "x", "--solver", "ancestral"], "'ancestral' is not for"),
+        (["--prompt", "x", "--device", "tpu"], "device 'tpu' is unknown"),
+        ([], "nothing to show"),
+        (["--prompts", "EMPTY"], "holds no prompt"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    folder: Path,
+    tmp_path: Path,
+    more: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("accessory.serve.chat.SHIPPED", folder.parent)
+    (tmp_path / "EMPTY").write_text(" \n\n")
+    more = [str(tmp_path / "EMPTY") if m == "EMPTY" else m for m in more]
+    assert run(folder, tmp_path / "out", *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    if "/nowhere" in more:
+        assert folder.name in error
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_chat_model_is_named_as_such(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder.parent / "tiny", tmp_path, "--prompt", "x") == 2
+    assert "is a chat model" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""The terminal and the page of a chat that draws."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from accessory.__main__ import main
+from accessory.serve.illustrate import ImageDone, ImagePreview, ImageStart, TextDelta
+from accessory.serve.illustrated_chat import load
+from accessory.serve.pictures import draw, load_records
+from tests.tiny_generator import tiny_generator_dir
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    path = tmp_path_factory.mktemp("drawing")
+    generator = tiny_generator_dir(path, "dream")
+    return path / "tiny", generator
+
+
+def test_answers_hold_pictures_as_files_with_their_log(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, generator = folders
+    out = tmp_path / "out"
+    options = ["--model", str(model), "--generator", str(generator), "--out", str(out), "--max-new-tokens", "4"]
+    assert main(["chat", *options, "--pictures", "always", "--ask", "Draw a cat.", "--ask", "And a dog."]) == 0
+    printed = capsys.readouterr().out
+    names = ["picture_000.png", "picture_001.png"]
+    assert all(f"[{out / name}]" in printed for name in names)
+    records = load_records(out)
+    made = load(model, generator, device="cpu")
+    assert made.dream is not None, "the bridge stands on the model that speaks"
+    for name, record in zip(names, records, strict=True):
+        with Image.open(out / name) as picture:
+            assert draw(made.generator, record).tobytes() == picture.tobytes()
+    lines = iter(["/pictures never", "Draw a cat.", "/pictures often", "/pictures always", "Draw.", "/help", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
+    assert main(["chat", *options, "--out", str(tmp_path / "two")]) == 0
+    said = capsys.readouterr()
+    assert said.out.count(".png]") == 1
+    assert "'often' is not one of auto, always, never" in said.err
+    assert "/pictures auto|always|never" in said.out
+
+
+def test_no_generator_is_one_clear_line(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--model", str(folders[0]), "--generator", str(folders[0]), "--ask", "Draw."]) == 2
+    assert "is not a generator folder" in capsys.readouterr().err
+
+
+def test_what_the_page_shows_while_an_answer_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed (pip install -r requirements.txt)")
+    from demos.chat import Said, asked
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    half, whole = Image.new("RGB", (8, 8), "grey"), Image.new("RGB", (8, 8), "red")
+    said = Said()
+
+    def after(event: object) -> Any:
+        assert said.take(event)
+        return said.message
+
+    assert after(TextDelta("Here ")) == "Here "
+    assert after(TextDelta("it is.")) == "Here it is."
+    assert "drawing" in after(ImageStart(0, 1, (8, 8)))
+    text, draft = after(ImagePreview(0, 1, 2, half))["content"]
+    assert text == "Here it is."
+    with Image.open(draft["path"]) as seen:
+        assert seen.convert("RGB").tobytes() == half.tobytes()
+    content = after(ImageDone(0, whole, 1, "c"))["content"]
+    assert len(content) == 2
+    with Image.open(content[1]["path"]) as seen:
+        assert seen.convert("RGB").tobytes() == whole.tobytes()
+    assert after(TextDelta("Nice."))["content"][2] == "Nice."
+    assert not said.take(object())
+    history = [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": content}]
+    assert asked(history) == ["Draw."]

@@ -1,0 +1,79 @@
+"""From an experiment file with a generator to its folder, by the verb that trains everything else too."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from accessory import config as configuration
+from accessory.cli import train as verb
+from accessory.models.generator import is_generator, load_generator
+from accessory.train.generator_run import GeneratorRunConfig, main_config
+from tests.tiny_draw import draw_config, write_captions
+
+
+def experiment(folder: Path, more: str = "") -> Path:
+    write_captions(folder)
+    (folder / "data.yaml").write_text(
+        "sources:\n  - {kind: captions, path: captions.jsonl, columns: {image: file, caption: text}}\n"
+    )
+    generator = configuration.dump({"generator": configuration.plain(draw_config(folder))})
+    path = folder / "experiment.yaml"
+    path.write_text(
+        f"{generator}cache_features: true\ncache: {folder}/cache\n{more}"
+        "data: {sources: data.yaml, workers: 1, window: 1}\n"
+        f"train: {{output_dir: {folder}/run, max_steps: 2, lr: 1.0e-2, batch_size: 4, precision: fp32, log_every: 1, "
+        "ema: {decay: 0.5}, tensorboard: false}\n"
+    )
+    return path
+
+
+def test_the_verb_trains_a_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = experiment(tmp_path)
+    plan = argparse.Namespace(config=str(path), overrides=[], resume=None, dry_run=True)
+    assert verb.main(plan) == 0
+    assert "asks for pictures with ['a " in capsys.readouterr().out
+    assert verb.main(argparse.Namespace(config=str(path), overrides=[], resume=None, dry_run=False)) == 0
+    final = tmp_path / "run" / "final"
+    assert is_generator(final)
+    assert {p.name for p in final.iterdir()} >= {"run.yaml", "sources.yaml"}
+    average = load_file(tmp_path / "run" / "step-000002" / "average.safetensors")
+    made = dict(load_generator(final).named_parameters())
+    assert all(torch.equal(v, made[k]) for k, v in average.items())
+    [row] = load_generator(final).generate(["a red square"], seeds=[1])
+    assert row.size == (16, 16)
+    with pytest.raises(ValueError, match="belongs to another configuration"):
+        main_config(path, ["objective.diffusion.drop.all=0.3", "train.max_steps=4"], "auto")
+
+
+def test_init_is_taken_over_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    main_config(path)
+    final = tmp_path / "run" / "final"
+    again = [
+        f"init={final}",
+        f"train.output_dir={tmp_path}/again",
+        "train.max_steps=1",
+        "train.lr=0.0",
+        "train.ema=null",
+    ]
+    result = main_config(path, again)
+    assert result is not None
+    assert result.final is not None
+    first, second = (load_file(f / "trainable.safetensors") for f in (final, result.final))
+    assert all(torch.equal(v, second[k]) for k, v in first.items() if k.startswith("denoiser."))
+    other = [*again, f"train.output_dir={tmp_path}/other", "generator.denoiser.config.n_layers=2"]
+    with pytest.raises(ValueError, match="do not fit the generator"):
+        main_config(path, other)
+
+
+def test_weights_of_a_language_loss_need_a_bridge(tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    with pytest.raises(ValueError, match="dream bridge"):
+        main_config(path, ["objective.loss={language: 1.0}", "cache_features=false"])
+    with pytest.raises(ValueError, match="dialogues with dream spans only"):
+        configuration.load(path, GeneratorRunConfig, ["objective.diffusion.drop.text=0.2"])

@@ -174,6 +174,17 @@ def stream(
         yield "*(no answer)*"
 
 
+def settings(max_new_tokens: int, draws: bool) -> list[Any]:
+    """What the accordion holds, in the order of the answering functions' last arguments."""
+    found: list[Any] = [
+        gr.Slider(0.0, 1.5, TEMPERATURE, step=0.05, label="Temperature", info="0 always gives the likeliest answer"),
+        gr.Slider(1, 512, max_new_tokens, step=1, label="Longest answer", info="in tokens"),
+    ]
+    if draws:
+        found.append(gr.Radio(list(MODES), value="auto", label="Pictures", info="those that the model draws"))
+    return found
+
+
 def page(
     sessions: Sessions[Chat] | Sessions[IllustratedChat],
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -208,9 +219,6 @@ def page(
         yield from stream(chat, message, history, lambda turn: chat.events(turn, controls, sampling))
 
     messages, labels = examples(folder)
-    toggles = []
-    if draws:
-        toggles.append(gr.Radio(list(MODES), value="auto", label="Pictures", info="those that the model draws"))
     return gr.ChatInterface(
         illustrated if draws else answer,
         multimodal=True,
@@ -218,13 +226,7 @@ def page(
         description=DESCRIPTION,
         chatbot=conversation(),
         textbox=question(),
-        additional_inputs=[
-            gr.Slider(
-                0.0, 1.5, TEMPERATURE, step=0.05, label="Temperature", info="0 always gives the likeliest answer"
-            ),
-            gr.Slider(1, 512, max_new_tokens, step=1, label="Longest answer", info="in tokens"),
-            *toggles,
-        ],
+        additional_inputs=settings(max_new_tokens, draws),
         additional_inputs_accordion=gr.Accordion("Settings", open=False),
         examples=[[m] for m in messages] or None,  # cards; with values for the sliders it would be a table
         example_labels=labels or None,

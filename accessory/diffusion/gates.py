@@ -155,12 +155,11 @@ def compare_truncation(
             began = _clock(condition)
             samples[threshold] = draw(threshold)
             seconds[threshold].append(_clock(condition) - began)
-    x = moved(seen[0].latents, dtype=network_dtype(denoiser))
+    dtype = network_dtype(denoiser)
+    x, told = moved(seen[0].latents, dtype=dtype), condition.to(dtype=dtype)
     t = torch.full((len(x),), seen[0].t, device=device_of(x))
-    told = condition.to(dtype=network_dtype(denoiser))
     outputs = {threshold: _flat(denoiser(x, t, told, steering=s)) for threshold, s in steered.items()}
     median = {threshold: statistics.median(s) for threshold, s in seconds.items()}
-    plain = _flat(samples[0.0])
     rows = []
     for threshold in chosen:
         change = (outputs[threshold] - outputs[0.0]).abs()
@@ -173,7 +172,7 @@ def compare_truncation(
                 speedup=median[0.0] / median[threshold],
                 output_max=float(change.max()),
                 output_mean=float(change.mean()),
-                psnr=psnr(_flat(samples[threshold]), plain),
+                psnr=psnr(_flat(samples[threshold]), _flat(samples[0.0])),
             )
         )
     return rows

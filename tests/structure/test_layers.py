@@ -21,7 +21,7 @@ ONLY = {"data": {"config", "tokens", "schema", "log"}}
 # Third-party libraries that enter through few files.
 ENTRANCES = {
     "fairscale": ("accessory/parallel/",),
-    "diffusers": ("accessory/diffusion/",),
+    "diffusers": ("accessory/diffusion/", "benchmarks/flag_dit.py"),
     "bitsandbytes": ("accessory/peft/quantize.py",),
     "gradio": ("demos/",),
     "pydantic": ("accessory/config.py",),

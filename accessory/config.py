@@ -203,7 +203,7 @@ def _fill(value: Any, hint: Any, path: str, errors: list[str], default: Any) -> 
             return _note(errors, path, f"wants a mapping, not {value!r}")
         return {k: _fill(v, args[1], _join(path, k), errors, dataclasses.MISSING) for k, v in value.items()}
     if not isinstance(value, list | tuple):
-        return _note(errors, path, f"wants a list, not {value!r}")
+        return _note(errors, path, f"wants a list{_example(value, args[0])}, not {value!r}")
     items = [_fill(v, args[0], _join(path, i), errors, dataclasses.MISSING) for i, v in enumerate(value)]
     return items if origin is list else tuple(items)
 
@@ -259,6 +259,13 @@ def _kinds(cls: type) -> tuple[str, ...]:
     if get_origin(hint) is not Literal:
         raise TypeError(f"{cls.__name__} is in a union, so it needs a field `kind: Literal[...]`")
     return get_args(hint)
+
+
+def _example(value: Any, member: Any) -> str:
+    """How a list of dataclasses told apart by ``kind`` is written, with the kind that ``value`` may have meant."""
+    classes = [m for m in get_args(member) if dataclasses.is_dataclass(m) and isinstance(m, type)]
+    kinds = [kind for c in classes for kind in _kinds(c)] if len(classes) > 1 else []
+    return f", e.g. [{{kind: {value if value in kinds else kinds[0]}}}]" if kinds else ""
 
 
 def _close(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

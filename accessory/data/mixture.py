@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from accessory import log
 from accessory.data.rows import RowRejected
 from accessory.data.sources import Source
 from accessory.schema import Sample
 
+LOG = log.get(__name__)
 BLOCK = 1024
 """Every block of this many draws holds each source in exactly its share, shuffled; weights hold to one part in it."""
 
@@ -114,6 +116,7 @@ class Ledger:
         self.after = after
         self.seen = 0
         self.bad = 0
+        self._warned = False
 
     def good(self) -> None:
         """Count a row that was used."""
@@ -128,6 +131,9 @@ class Ledger:
             entry = {"draw": draw, "source": row.source, "row": row.index, "reason": row.reason}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            if not self._warned:
+                LOG.warning("a row was rejected: %s; this one and all others are listed in %s", row, self.path)
+                self._warned = True
         if self.seen >= self.after and self.bad > self.max_rate * self.seen:
             where = f"; the ledger is {self.path}" if self.path else ""
             raise ValueError(

@@ -27,7 +27,7 @@ from accessory.train.features import CachedFeatures, Features
 from accessory.train.generation import DiffusionObjective, GenerationConfig, JointObjective
 from accessory.train.loop import Hooks, Result, train
 from accessory.train.optim import Optimizer
-from accessory.train.run import DataConfig, describe, open_loader, sources_file
+from accessory.train.run import DataConfig, describe, open_loader, report_rejected, sources_file
 
 LOG = log.get(__name__)
 
@@ -99,6 +99,7 @@ def run(
     try:
         return train(generator, source, objective_of(config, features), config.train, resume=resume, hooks=hooks)
     finally:
+        report_rejected(source.ledger)
         if isinstance(features, CachedFeatures):
             features.close()
 

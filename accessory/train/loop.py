@@ -22,7 +22,7 @@ from accessory.train import blocks as block_tools
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig, check_resumed
 from accessory.train.ema import Average
-from accessory.train.metrics import Metrics, Window, source_names
+from accessory.train.metrics import Clock, Metrics, Window, source_names
 from accessory.train.optim import Optimizer, check_names, learning_rate, trained_buffers
 from accessory.train.parts import PartNorms, PartObjective
 from accessory.train.signals import Interrupts
@@ -92,18 +92,6 @@ def train(
     return Trainer(model, source, objective, config, hooks or Hooks(), resume).run()
 
 
-@dataclass
-class _Clock:
-    """Seconds of training, those before a resume included."""
-
-    before: float = 0.0
-    start: float = field(default_factory=lambda: time.monotonic())
-
-    @property
-    def elapsed(self) -> float:
-        return self.before + time.monotonic() - self.start
-
-
 class Trainer:
     """State of one run; :func:`train` is the way in."""
 
@@ -123,9 +111,10 @@ class Trainer:
         self.optimizer = Optimizer(model, config)
         self.device = next(iter(self.optimizer.parameters.values())).device
         self.buffers = trained_buffers(model)
-        self.step, self.clock, self.window = 0, _Clock(), Window()
+        self.step, self.clock, self.window = 0, Clock(), Window()
         self.saved: Path | None = None
         self.row: dict[str, Any] = {}
+        self.numbers: tuple[float, float, Mapping[str, Tensor]] | None = None  # of the last update: lr, norm, norms
         self.versions = json.dumps(configs.versions(), indent=2)
         rng.seed_all(config.seed + groups.rank())
         groups.broadcast_many([p.data for p in (*self.optimizer.masters.values(), *self.buffers.values())])
@@ -134,9 +123,11 @@ class Trainer:
         self.part_norms: dict[str, float] = {}
         found = checkpoint.resolve(resume, self.output_dir)
         history = 0 if found is None else self._resume(found)
+        self.began = self.step
         self.metrics: Metrics | None = None
         if groups.rank() == 0:
-            self.metrics = Metrics(self.output_dir, config.max_steps, self.step, history, config.tensorboard)
+            total = None if config.schedule_by == "time" else config.max_steps
+            self.metrics = Metrics(self.output_dir, total, self.step, history, config.tensorboard)
         listed = list(hooks.blocks)
         if config.block_checkpointing:
             block_tools.checkpoint_blocks(listed)
@@ -181,13 +172,19 @@ class Trainer:
 
     def _finish(self, reason: str) -> Result:
         ended = reason in ("steps", "time")
+        if ended and self.window.count and self.numbers is not None:
+            self._log(*self.numbers)
+            self.saved = None  # a checkpoint of this very step knows nothing of the row
         path = self._save()
         final = self._export() if ended else None
         if self.metrics is not None:
-            if ended and self.optimizer.unseen:
+            if ended and self.step > self.began and self.optimizer.unseen:
                 names = sorted(self.optimizer.unseen)
                 LOG.warning("%d trainable parameters never received a gradient: %s", len(names), names[:8])
             what = f"done ({reason})" if ended else f"stopped by {reason}, continue with --resume auto"
+            if ended and self.began == self.step > 0:
+                limits = f"max_steps {self.config.max_steps}, max_seconds {self.config.max_seconds}"
+                what = f"already finished ({limits}); raise train.max_steps or train.max_seconds to go on"
             self.metrics.say(f"{what}: step {self.step}, saved {path}")
         return Result(self.step, reason, path, final, self.row)
 
@@ -213,10 +210,9 @@ class Trainer:
         self.window.add(sums, time.monotonic() - begin, waited)
         if self.metrics is not None:
             self.metrics.tick()
-        if self.step % self.config.log_every == 0 or self.step == self.config.max_steps:
-            per_group = {f"grad_norm/{k}": float(v) for k, v in norms.items()} if len(norms) > 1 else {}
-            self._log(lr, total, {**per_group, **self.part_norms})
-            self.part_norms = {}
+        self.numbers = (lr, total, norms)
+        if self.step % self.config.log_every == 0 or self.step in (1, self.config.max_steps):
+            self._log(*self.numbers)
 
     def _accumulate(self) -> tuple[dict[str, float], list[float], list[tuple[str, ...]], float]:
         """Backward through a window. Returns sums over all ranks, this rank's losses and sources, seconds waited."""
@@ -292,11 +288,12 @@ class Trainer:
 
     # --- what is seen and kept -------------------------------------------------------------------------------------
 
-    def _log(self, lr: float, norm: float, norms: Mapping[str, float]) -> None:
+    def _log(self, lr: float, norm: float, norms: Mapping[str, Tensor]) -> None:
         elapsed = self.clock.elapsed
-        own = {"step": self.step, "lr": lr, "grad_norm": norm, **norms, "seconds": elapsed}
+        per_group = {f"grad_norm/{k}": float(v) for k, v in norms.items()} if len(norms) > 1 else {}
+        own = {"step": self.step, "lr": lr, "grad_norm": norm, **per_group, **self.part_norms, "seconds": elapsed}
         self.row = {**own, **self.window.row()}
-        self.window = Window()
+        self.window, self.part_norms = Window(), {}
         if self.metrics is None:
             return
         self.metrics.write(self.row)
@@ -385,7 +382,7 @@ class Trainer:
         self.step, self.saved = content.state["step"], None
         if path.resolve().parent == self.output_dir.resolve():
             self.saved = path
-        self.clock = _Clock(before=content.state["elapsed"])
+        self.clock = Clock(before=content.state["elapsed"])
         self.window = Window(**content.state["window"])
         rng.restore(mine["rng"])
         return int(content.state["history"])

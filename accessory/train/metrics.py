@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,19 @@ from typing import Any
 from accessory import log
 
 LOG = log.get(__name__)
+
+
+@dataclass
+class Clock:
+    """Seconds of training, those before a resume included."""
+
+    before: float = 0.0
+    start: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self.before + time.monotonic() - self.start
 
 
 @dataclass
@@ -56,9 +70,9 @@ class Window:
 
 class Metrics:
     """Writes rows. ``history`` is the length of metrics.jsonl in bytes at the resumed checkpoint: what an interrupted
-    run wrote after it is cut off, because those steps are run again."""
+    run wrote after it is cut off, because those steps are run again. ``max_steps`` None: the clock ends the run."""
 
-    def __init__(self, output_dir: Path, max_steps: int, step: int, history: int, tensorboard: bool) -> None:
+    def __init__(self, output_dir: Path, max_steps: int | None, step: int, history: int, tensorboard: bool) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         self.path = output_dir / "metrics.jsonl"
         self._file = self.path.open("ab")
@@ -94,7 +108,8 @@ class Metrics:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         else:
-            LOG.info("step %d/%d %s", row["step"], self.max_steps, text)
+            of = "" if self.max_steps is None else f"/{self.max_steps}"
+            LOG.info("step %d%s %s", row["step"], of, text)
 
     def tick(self) -> None:
         """One update is done."""
@@ -139,11 +154,10 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step)
 
 
-def _bar(max_steps: int, step: int) -> Any:
+def _bar(max_steps: int | None, step: int) -> Any:
     if not sys.stderr.isatty():
         return None
     from tqdm import tqdm
 
-    return tqdm(
-        total=max_steps, initial=step, unit="step", dynamic_ncols=True, bar_format="{n}/{total} |{bar:20}| {postfix}"
-    )
+    shape = "step {n} {postfix}" if max_steps is None else "{n}/{total} |{bar:20}| {postfix}"
+    return tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True, bar_format=shape)

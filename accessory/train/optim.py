@@ -183,9 +183,12 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> dict
         bad = sorted(unused)[0]
         if taken := fnmatch.filter(parameters, bad):
             raise ValueError(
-                f"group pattern {bad!r} matches nothing that an earlier group left ({len(taken)} parameters are taken, "
-                f"{taken[0]} first); put the narrower pattern first"
+                f"train.groups: pattern {bad!r} matches nothing that an earlier group left ({len(taken)} parameters "
+                f"are taken, {taken[0]} first); put the narrower pattern first"
             )
         near = difflib.get_close_matches(bad, list(parameters), n=3, cutoff=0.0)
-        raise ValueError(f"group pattern {bad!r} matches no trainable parameter; close names are {', '.join(near)}")
+        raise ValueError(
+            f"train.groups: pattern {bad!r} matches no trainable parameter; close names are {', '.join(near)}; correct "
+            "it or remove the group, e.g. train.groups=[]"
+        )
     return out

@@ -99,8 +99,8 @@ def run(
     if config.match_scale and fresh:
         _match_scale(model, source)
     describe(model.net, source)
-    # A resume asks whether the base is still the same, so the run's configuration says which one it was.
-    resolved = configuration.dump(replace(config, model=replace(config.model, base_sha256=model.config.base_sha256)))
+    # With all that the base decides, and which one it was: a resume asks whether it is still the same.
+    resolved = configuration.dump(replace(config, model=model.config))
     if dry_run:
         _plan(model, source, config.train, resolved)
         return None
@@ -114,7 +114,10 @@ def run(
             "sources.yaml": sources_file(config.data, folder).read_text(encoding="utf-8"),
         },
     )
-    return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
+    try:
+        return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
+    finally:
+        report_rejected(source.ledger)
 
 
 def warm_start(net: nn.Module, folder: Path) -> None:
@@ -171,7 +174,8 @@ def open_loader(
 ) -> Loader:
     """The batches of this rank; ``size``: side in pixels of the built-in sets' pictures."""
     sources = load_sources(sources_file(data, folder), cache=cache, seed=train.seed, size=size)
-    ledger = Ledger(Path(train.output_dir) / "rejected.jsonl", max_rate=data.max_bad_rate)
+    rows = sum(len(s) for s in sources)  # a small set is judged once it was read, not after 25 epochs
+    ledger = Ledger(Path(train.output_dir) / "rejected.jsonl", max_rate=data.max_bad_rate, after=min(200, rows))
     return Loader(
         Mixture(sources, train.seed),
         encoder,
@@ -182,6 +186,12 @@ def open_loader(
         world=groups.world_size(),
         ledger=ledger,
     )
+
+
+def report_rejected(ledger: Ledger) -> None:
+    """Say at the end of a run how many rows this rank could not use, and where they are listed."""
+    if ledger.bad:
+        LOG.warning("%d of %d rows rejected, see %s", ledger.bad, ledger.seen, ledger.path)
 
 
 def _plan(model: Model, source: Loader, config: TrainConfig, resolved: str) -> None:

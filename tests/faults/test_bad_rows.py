@@ -16,6 +16,8 @@ from accessory.data.sources import load_sources
 from accessory.data.template import get
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import load
+from accessory.train.config import TrainConfig
+from accessory.train.run import DataConfig, open_loader, report_rejected
 
 
 @pytest.fixture
@@ -79,3 +81,22 @@ def test_a_programming_error_is_not_booked_as_a_bad_row(tmp_path: Path, encoder:
     encoder.tokens_per_tile = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
         next(iter(Loader(made, encoder, 2)))
+
+
+def test_the_first_rejected_row_is_said(tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger(tmp_path / "rejected.jsonl")
+    list(itertools.islice(Loader(mixture(tmp_path, 100, {3, 46, 70}), encoder, 5, ledger=ledger), 20))
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert ledger.bad >= 2
+    assert len(said) == 1
+    assert str(tmp_path / "rejected.jsonl") in said[0]
+
+
+def test_a_small_set_stops_too(tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    mixture(tmp_path, 8, {2, 5})
+    train = TrainConfig(output_dir=str(tmp_path), max_steps=1, lr=1.0, batch_size=2)
+    made = open_loader(DataConfig("data.yaml", workers=0), train, encoder, 8, tmp_path, None)
+    with pytest.raises(ValueError, match="2 of 8 rows were rejected"):
+        list(itertools.islice(made, 20))
+    report_rejected(made.ledger)
+    assert f"2 of 8 rows rejected, see {tmp_path / 'rejected.jsonl'}" in caplog.text

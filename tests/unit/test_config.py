@@ -202,3 +202,13 @@ def test_versions_and_import_cost() -> None:
     code = "import sys, accessory.config, accessory.__main__; print('torch' in sys.modules, 'pydantic' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
+
+
+def test_a_list_of_kinds_shows_how_it_is_written() -> None:
+    @dataclass(frozen=True)
+    class Run:
+        optimizers: tuple[Adam | Sgd, ...]
+
+    for given, example in (("sgd", "sgd"), ("bread", "adam")):
+        with pytest.raises(config.ConfigError, match=rf"wants a list, e\.g\. \[{{kind: {example}}}\], not '{given}'"):
+            config.build({"optimizers": given}, Run)

@@ -89,7 +89,7 @@ def test_resume_is_exact(config: TrainConfig, tmp_path: Path, dtype: torch.dtype
     timed = ("seconds", "tokens_per_s", "learned_tokens_per_s", "images_per_s", "data_wait")
     clean = [[{k: v for k, v in row.items() if k not in timed} for row in rows(c)] for c in (config, parts)]
     assert clean[0] == clean[1]
-    assert [row["step"] for row in clean[0]] == [3, 6]
+    assert [row["step"] for row in clean[0]] == [1, 3, 6]  # the first and the last in any case
 
 
 def stop_after(trainer: Trainer, step: int) -> None:
@@ -147,7 +147,7 @@ def test_lines_after_the_resumed_checkpoint_are_cut(config: TrainConfig) -> None
         (path / checkpoint.MARKER).unlink()  # as if it had died before the save of step 6
     assert checkpoint.latest(config.output_dir) == checkpoint.folder(config.output_dir, 4)
     run(config, "auto")
-    assert [r["step"] for r in rows(config)] == [r["step"] for r in before] == [2, 4, 6]
+    assert [r["step"] for r in rows(config)] == [r["step"] for r in before] == [1, 2, 4, 6]
     assert rows(config)[-1]["loss"] == before[-1]["loss"]
 
 
@@ -319,3 +319,33 @@ def test_divergence_stops_and_names(config: TrainConfig) -> None:
         assert good == checkpoint.folder(own.output_dir, 2)
         assert all(v.isfinite().all() for v in checkpoint.load(good).trainable.values())
         assert not (Path(own.output_dir) / "final").exists()
+
+
+def test_a_finished_run_says_so_and_blames_no_parameter(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "accessory")
+    run(config)
+    assert "already finished" not in caplog.text
+    caplog.clear()
+    run(config, "auto")
+    assert "already finished (max_steps 6, max_seconds None); raise train.max_steps" in caplog.text
+    assert "never received a gradient" not in caplog.text
+
+
+def test_first_and_last_step_are_logged(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "accessory")
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.1
+        return now[0]
+
+    monkeypatch.setattr(loop.time, "monotonic", clock)
+    timed = replace(config, max_steps=10_000, max_seconds=10.0, schedule_by="time", log_every=1000)
+    result = train(toy_model(), ToySource(), toy_objective, timed)
+    assert 1 < result.step < 1000
+    assert [row["step"] for row in rows(timed)] == [1, result.step]
+    assert "/10000" not in caplog.text  # the clock ends this run, not the steps
+    run(timed, "auto")
+    assert [row["step"] for row in rows(timed)] == [1, result.step]

@@ -149,3 +149,17 @@ def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     with pytest.raises(ValueError, match="nowhere"):
         run(replace(config, data=replace(config.data, sources="nowhere.yaml")), folder=tmp_path, dry_run=True)
+
+
+def test_the_plan_and_the_export_show_what_the_base_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = experiment(tmp_path, steps=1)
+    base = tiny_model_dir(tmp_path, max_length=128)
+    model = replace(build.ModelConfig(), base=str(base), tuning=(TrainSpec(("projector.*",)),))
+    assert run(replace(config, model=model), folder=tmp_path, dry_run=True) is None
+    assert "max_length: 128" in capsys.readouterr().out
+    result = run(replace(config, model=model), folder=tmp_path)
+    assert result is not None
+    assert result.final is not None
+    assert "max_length: 128" in (result.final / "run.yaml").read_text()
+    again = configuration.load(result.final / "run.yaml", RunConfig)  # what is shown can be run
+    assert run(replace(again, data=config.data), "auto", folder=tmp_path) is not None

@@ -37,6 +37,11 @@ def detect(folder: Path) -> Layout:
     found = [group[0] for group in (shards, model, gguf) if group]
     if len(found) > 1:
         raise ValueError(f"{folder} holds weights in more than one format: {', '.join(found)}; keep one")
+    if not found and {"config.yaml", "trainable.safetensors"} <= set(names):
+        raise ValueError(
+            f"{folder} is a folder of trained parts (config.yaml, trainable.safetensors) that stands on base weights "
+            "named in its config.yaml; it holds no whole language model, and only whole ones are converted"
+        )
     if not found:
         raise ValueError(f"{folder} holds no weights (model*.safetensors, consolidated.*, *.gguf)")
     if gguf:

@@ -67,4 +67,10 @@ def main(args: argparse.Namespace) -> int:
                 shutil.copyfile(tokenizer / file, args.dst / file)
     count = sum(t.numel() for t in tensors.values())
     print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
+    if tokenizer is not None:
+        print(f"tokenizer: that of {tokenizer}")
+    elif layout == "gguf":
+        print("tokenizer: none written, the one inside a GGUF file is not converted; --tokenizer DIR takes one along")
+    else:
+        print("tokenizer: none written, there is none in SRC; --tokenizer DIR takes one along")
     return 0

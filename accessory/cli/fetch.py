@@ -19,8 +19,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def main(args: argparse.Namespace) -> int:
-    """Fetch, and print one line an asset. 1 when one could not be had (the message says what to do)."""
-    from accessory.data.assets import ASSETS, AssetError, find
+    """Fetch, and print one line an asset. 1 when one could not be had (the message says what to do).
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    from accessory.data.assets import ASSETS, AssetError, find, look_up
     from accessory.data.fetch import fetch
 
     if args.list:
@@ -28,6 +32,8 @@ def main(args: argparse.Namespace) -> int:
             where = find(asset.name, args.cache) or "not in the cache"
             print(f"{asset.name:20} {asset.version:16} {asset.size / 1e6:6.1f} MB  {asset.licence:24.24} {where}")
         return 0
+    for name in args.names:
+        look_up(name)  # before any is fetched: a misspelt name is a mistake of the user's
     failed = 0
     for name in args.names or list(ASSETS):
         try:

@@ -6,6 +6,7 @@ Everything comes from a package registry and is named by exact version and by th
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,9 @@ def default_cache() -> Path:
 def look_up(name: str) -> Asset:
     """The asset of that name. ValueError lists the names there are."""
     if name not in ASSETS:
-        raise ValueError(f"asset {name!r} is unknown; there are: {', '.join(ASSETS)}")
+        near = difflib.get_close_matches(name, list(ASSETS), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"asset {name!r} is unknown{hint}; there are: {', '.join(ASSETS)}")
     return ASSETS[name]
 
 

@@ -59,7 +59,8 @@ class Layout:
     def _get(self, row: Mapping[str, Any], name: str) -> Any:
         column = self._columns[name]
         if column not in row:
-            raise ValueError(f"no column {column!r} (the row has: {', '.join(map(str, row)) or 'none'})")
+            has = ", ".join(map(str, row)) or "none"
+            raise ValueError(f"no column {column!r} (the row has: {has}); columns: {{{name}: NAME}} tells which it is")
         return row[column]
 
     def _optional(self, row: Mapping[str, Any], name: str) -> Any:
@@ -90,7 +91,8 @@ class Layout:
         marks = sum(text.count(MARK) for role, text in said if role == "user")
         first = self._image_first and not marks
         if marks != len(pictures) and not first:
-            raise ValueError(f"{marks} {MARK} marks for {len(pictures)} pictures")
+            hint = "" if marks else "; options: {image_first: true} puts them at the start"
+            raise ValueError(f"{marks} {MARK} marks for {len(pictures)} pictures{hint}")
         left = iter(pictures)
         for role, text in said:
             if role != "user":
@@ -162,9 +164,9 @@ class Layout:
             raise ValueError(f"pictures are not fetched from the network or by URL: {value[:80]!r}; store them locally")
         path = (self._root / value).resolve()  # follows links, so a link out of root is seen
         if not path.is_relative_to(self._root):
-            raise ValueError(f"picture {value!r} lies outside of the root {self._root}")
+            raise ValueError(f"picture {value!r} lies outside of the root {self._root}; root: names another")
         if not path.is_file():
-            raise ValueError(f"no picture at {path}")
+            raise ValueError(f"no picture at {path} (the folder that pictures count from is root: {self._root})")
         return Picture(str(path))
 
 

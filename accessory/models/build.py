@@ -85,8 +85,8 @@ class ModelConfig:
     ``base`` names a model folder that this one stands on: everything but ``tuning`` is that model's, with its trained
     tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
     slot, LoRA and scales are folded into the weights first. A path that is not found from the working directory counts
-    from the checkout. ``base_sha256``, filled when the model is built, keeps a model from being loaded on weights that
-    it was not trained on.
+    from the checkout, a single name from its ``weights``. ``base_sha256``, filled when the model is built, keeps a
+    model from being loaded on weights that it was not trained on.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -187,8 +187,9 @@ def _digest(path: Path) -> str:
 def base_folder(config: ModelConfig) -> Path:
     """Where the base model lies."""
     assert config.base is not None
-    path = Path(config.base).expanduser()
-    return path if path.exists() else Path(__file__).resolve().parents[2] / path
+    path, checkout = Path(config.base).expanduser(), Path(__file__).resolve().parents[2]
+    tried = [path, checkout / path, *([checkout / "weights" / path] if len(path.parts) == 1 else [])]
+    return next((p for p in tried if (p / CONFIG_FILE).is_file()), path if path.exists() else checkout / path)
 
 
 def _promote(net: nn.Module) -> None:

@@ -7,6 +7,7 @@ alike; a picture that the cache holds is never encoded again.
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -354,7 +355,12 @@ def find_model(name: str | Path) -> Path:
             return folder
     shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{build.CONFIG_FILE}"))
     there = f"shipped models are: {', '.join(shipped)}" if shipped else "this checkout ships no models"
-    raise ValueError(f"{name} is neither a model folder (with a {build.CONFIG_FILE}) nor a shipped model; {there}")
+    near = difflib.get_close_matches(path.name, shipped, n=1)
+    guess = path / "final" if (path / "final" / build.CONFIG_FILE).is_file() else (near or [None])[0]
+    hint = "" if guess is None else f"; did you mean {guess}?"
+    raise ValueError(
+        f"{name} is neither a model folder (with a {build.CONFIG_FILE}) nor a shipped model; {there}{hint}"
+    )
 
 
 def load(

@@ -164,9 +164,17 @@ def _peek(source: Loader) -> Batch:
 
 
 def sources_file(data: DataConfig, folder: Path) -> Path:
-    """The file of ``data.sources``, which counts from the working directory or from ``folder``."""
+    """The file of ``data.sources``, which counts from the working directory or from ``folder``.
+
+    Raises:
+        ValueError: when it is in neither, naming both.
+    """
     named = Path(data.sources)
-    return named if named.is_file() else folder / named
+    tried = (named, folder / named)
+    found = next((path for path in tried if path.is_file()), None)
+    if found is None:
+        raise ValueError(f"data.sources: no file {' and no file '.join(str(p) for p in dict.fromkeys(tried))}")
+    return found
 
 
 def open_loader(

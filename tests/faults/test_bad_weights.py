@@ -119,6 +119,9 @@ def test_two_formats_in_a_folder(hf_folder: Path, shards: Path) -> None:
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:
     refuse(tmp_path, "holds no weights")
+    for name in ("config.yaml", "trainable.safetensors"):
+        (tmp_path / name).touch()
+    refuse(tmp_path, "a folder of trained parts")
     refuse(tmp_path / "nowhere", "neither a folder nor")
 
 

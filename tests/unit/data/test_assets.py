@@ -133,5 +133,8 @@ def test_the_verb_lists_and_reports(capsys: pytest.CaptureFixture[str], tmp_path
     listed = capsys.readouterr().out
     assert all(name in listed for name in ASSETS)
     args = parser.parse_args(["fetch", "nonsense", "--cache", str(tmp_path), "--quiet"])
-    assert cli.main(args) == 1
-    assert "'nonsense' is unknown" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'nonsense' is unknown"):  # which the entry point makes an exit with 2
+        cli.main(args)
+    args = parser.parse_args(["fetch", "smollm", "--cache", str(tmp_path), "--quiet"])
+    with pytest.raises(ValueError, match=r"did you mean smollm2\?"):
+        cli.main(args)

@@ -78,6 +78,11 @@ def test_models_are_found_by_folder_or_shipped_name(folder: Path, monkeypatch: p
     assert chats.find_model("tiny") == folder
     with pytest.raises(ValueError, match=r"nowhere is neither a model folder .*shipped models are: tiny"):
         chats.find_model("nowhere")
+    with pytest.raises(ValueError, match=r"did you mean tiny\?"):
+        chats.find_model("tinny")
+    folder.rename(folder.parent / "final")
+    with pytest.raises(ValueError, match=r"did you mean .*/final\?"):
+        chats.find_model(folder.parent)
 
 
 def half(folder: Path, dtype: Literal["bf16", "fp32"] = "bf16") -> Path:

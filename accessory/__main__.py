@@ -20,6 +20,15 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("convert", "change the layout of weights"),
 )
 
+EXAMPLES = {
+    "train": "train exps/own.yaml data.sources=data_configs/own_data.yaml --dry-run",
+    "chat": 'chat --model weights/nano-sphinx --image samples/cat.png --ask "What is this?"',
+    "evaluate": "evaluate --model weights/nano-sphinx --tasks emoji-names --limit 50",
+    "generate": 'generate --model runs/nano_dit/final --prompt "a red circle"',
+    "fetch": "fetch --list",
+    "convert": "convert path/to/model out/model --to hf",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. 2 for a mistake of the user's or a missing asset (one clear line), 130 for an interrupt."""
@@ -40,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown verb {verb!r}{hint} Verbs: {', '.join(names)}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"accessory.cli.{verb}")
-    sub = parser.add_subparsers(dest="verb")
+    sub = parser.add_subparsers(dest="verb", prog="python -m accessory")
     module.add_parser(sub)
+    sub.choices[verb].description = dict(VERBS)[verb] + "; for example: python -m accessory " + EXAMPLES[verb]
     sub.choices[verb].add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = _parse(parser, arguments)
     try:

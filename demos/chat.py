@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch(made, args, model.limits.max_bytes)
     except OSError as error:  # a port that is taken, an address that is not this machine's
-        print(f"error: cannot serve on {args.host}, port {args.port}: {error}", file=sys.stderr)
+        print(f"error: cannot serve on {args.host}, port {args.port}: {error}; --port takes another", file=sys.stderr)
         return 2
     return 0
 

@@ -37,6 +37,11 @@ for stamp in "$venv/.ready-$kind" "$venv/.ready-dev"; do
 done
 
 python=$(find_python)
+# Two installations into one folder spoil each other. The lock is on a file that is there anyway, and ends with us.
+if command -v flock >/dev/null; then
+    exec 9<pyproject.toml
+    flock -n 9 || { echo "error: another set-up is running in $root; wait for it, then try again" >&2; exit 1; }
+fi
 if ! usable "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -f "$venv/pyvenv.cfg" ]; then
         echo "error: $venv is there and is no virtual environment, so it is not replaced; remove it, or name another" >&2

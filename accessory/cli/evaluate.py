@@ -15,9 +15,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p = sub.add_parser("evaluate", help="score a model on the built-in test sets")
     p.add_argument("--model", required=True, metavar="DIR", help="a model folder, or the name of a shipped model")
     p.add_argument("--tasks", nargs="+", metavar="TASK", help="test sets (default: all but flags)")
-    p.add_argument("--controls", nargs="+", choices=CONTROLS, default=["none", "shuffled"], help="default: both")
+    p.add_argument(
+        "--controls", nargs="+", choices=CONTROLS, default=["none", "shuffled"], help="default: none shuffled"
+    )
     p.add_argument("--limit", type=int, metavar="N", help="ask only N questions of each set, spread evenly")
-    p.add_argument("--batch-size", type=int, default=64)
+    p.add_argument("--batch-size", type=int, default=64, help="questions asked together (default: 64)")
     p.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--cache", type=Path, help="asset cache")

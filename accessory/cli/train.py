@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from typing import Any
 
 from accessory import log
 
@@ -26,9 +27,12 @@ def main(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         log.setup()
     from accessory import config as configuration
-    from accessory.train import generator_run, run
 
+    verb: Any
     # A generator is another section with other parts, but the loop, the data and the options are the same.
-    verb = generator_run if "generator" in configuration.read(args.config) else run
+    if "generator" in configuration.read(args.config):
+        from accessory.train import generator_run as verb
+    else:
+        from accessory.train import run as verb
     result = verb.main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
     return 128 + signal.SIGINT if result is not None and result.reason == "SIGINT" else 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +194,24 @@ def test_only_an_earlier_fine_tuning_is_removed(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("")
     quickstart.clear(folder)
     assert not folder.exists()
+
+
+def test_help_comes_before_any_installation(tmp_path: Path) -> None:
+    env = {**os.environ, "ACCESSORY_VENV": str(tmp_path / "venv")}
+    script = str(ROOT / "exps" / "quickstart.sh")
+    done = subprocess.run(["bash", script, "--help"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "[--no-demo] [--port N]" in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not installed")
+def test_two_set_ups_at_once_are_refused(tmp_path: Path) -> None:
+    env = {**os.environ, "ACCESSORY_VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        script = str(ROOT / "exps" / "setup.sh")
+        done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "another set-up is running" in done.stderr
+    assert not (tmp_path / "venv").exists()

@@ -125,6 +125,7 @@ def test_dry_run_shows_the_plan_and_finds_mistakes(
     assert any(f"⟦{colour}" in out for colour in COLOURS)
     for more, said in (
         (["train.groups=[{pattern: nothing.*}]"], "matches no trainable parameter"),
+        (["data.sources=nosuch"], f"data.sources: no file nosuch and no file {tmp_path / 'nosuch'}"),
         (["--resume", str(tmp_path / "nowhere")], "neither a complete checkpoint"),
     ):
         assert main([*dry, *more]) == 2
@@ -167,7 +168,7 @@ def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_told_to_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_told_to_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import accessory.train
 
     monkeypatch.setattr("accessory.log.setup", lambda: None)  # it would cut other tests off the log
@@ -176,7 +177,8 @@ def test_ctrl_c_is_told_to_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
         stand_in = SimpleNamespace(main_config=lambda *_, r=reason, **__: SimpleNamespace(reason=r))
         monkeypatch.setattr(accessory.train, "run", stand_in, raising=False)
         monkeypatch.setitem(sys.modules, "accessory.train.run", stand_in)
-        assert main(["train", "x.yaml"]) == code
+        (tmp_path / "x.yaml").write_text("train: {}\n")
+        assert main(["train", str(tmp_path / "x.yaml")]) == code
 
 
 def test_help_loads_no_torch() -> None:

@@ -355,9 +355,9 @@ def find_model(name: str | Path) -> Path:
             return folder
     shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{build.CONFIG_FILE}"))
     there = f"shipped models are: {', '.join(shipped)}" if shipped else "this checkout ships no models"
-    near = difflib.get_close_matches(path.name, shipped, n=1)
-    guess = path / "final" if (path / "final" / build.CONFIG_FILE).is_file() else (near or [None])[0]
-    hint = "" if guess is None else f"; did you mean {guess}?"
+    guesses = [str(path / "final")] if (path / "final" / build.CONFIG_FILE).is_file() else []
+    guesses += difflib.get_close_matches(path.name, shipped, n=1)
+    hint = f"; did you mean {guesses[0]}?" if guesses else ""
     raise ValueError(
         f"{name} is neither a model folder (with a {build.CONFIG_FILE}) nor a shipped model; {there}{hint}"
     )

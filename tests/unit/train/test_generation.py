@@ -74,8 +74,9 @@ def test_noise_belongs_to_the_draw_and_not_to_its_batch(tmp_path: Path) -> None:
 def test_two_ranks_draw_what_one_does(tmp_path: Path) -> None:
     def work(world: int) -> Any:
         def inner(rank: int) -> Any:
-            model, own = draw_model(tmp_path), tmp_path / f"world{world}"
-            loader = caption_loader(tmp_path, 4 // world, rank, world)
+            place, own = tmp_path / f"rank{rank}of{world}", tmp_path / f"world{world}"
+            place.mkdir()  # both ranks write a tokenizer and pictures: never into one folder at the same time
+            model, loader = draw_model(place), caption_loader(place, 4 // world, rank, world)
             config = settings(own, batch_size=4 // world, tensorboard=False)
             result = train(model, loader, DiffusionObjective(DiffusionConfig(), config.seed), config)
             assert groups.world_size() == world

@@ -22,7 +22,7 @@ VERBS: tuple[tuple[str, str], ...] = (
 
 EXAMPLES = {
     "train": "train exps/own.yaml data.sources=data_configs/own_data.yaml --dry-run",
-    "chat": 'chat --model weights/nano-sphinx --image samples/cat.png --ask "What is this?"',
+    "chat": 'chat --model weights/nano-sphinx --image samples/guitar.png --ask "What is this?"',
     "evaluate": "evaluate --model weights/nano-sphinx --tasks emoji-names --limit 50",
     "generate": 'generate --model runs/nano_dit/final --prompt "a red circle"',
     "fetch": "fetch --list",

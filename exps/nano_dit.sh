@@ -4,10 +4,5 @@
 # Several processes: NPROC=2 bash exps/nano_dit.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash exps/setup.sh
-PATH="${ACCESSORY_VENV:-$PWD/.venv}/bin:$PATH"
-python -m accessory fetch
-launch=(python -m accessory)
-if [ "${NPROC:-1}" -gt 1 ]; then launch=(torchrun --standalone --nproc-per-node "$NPROC" -m accessory); fi
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}  # seconds to save in after a SIGTERM
+. exps/launch.sh
 "${launch[@]}" train exps/nano_dit.yaml --resume auto "$@"

@@ -10,9 +10,8 @@ import torch
 from accessory.backbone.compiled import CompiledStep
 from accessory.backbone.llama import Llama
 from accessory.nn.attention import Attention
-from accessory.nn.feed_forward import FeedForward
-from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
+from accessory.nn.packing import pack, packed, unpack
 
 
 @torch.no_grad()
@@ -26,15 +25,9 @@ def accelerate(model: Llama, compile: bool = False) -> Llama:
     :class:`accessory.backbone.compiled.CompiledStep`; the first answer waits for the compiler. Call :func:`release`
     before moving the model to another device or dtype.
     """
-    for module in list(model.modules()):
-        if isinstance(module, Attention) and _plain(module.wq, module.wk, module.wv):
-            module.fused = Packed((module.wq.weight, module.wk.weight, module.wv.weight))
-            module.wo.kernel = _packed(module.wo)
-        elif isinstance(module, FeedForward) and _plain(module.w1, module.w3):
-            module.fused = Packed((module.w1.weight, module.w3.weight))
-            module.w2.kernel = _packed(module.w2)
+    pack(model, Attention)
     if model.output is not None:
-        model.output.kernel = _packed(model.output)
+        model.output.kernel = packed(model.output)
     else:
         model.output_kernel = Packed((model.tok_embeddings.weight,))
     model.step = CompiledStep() if compile else None
@@ -49,18 +42,6 @@ def accelerate_for_cpu(model: Llama) -> Llama:
 
 def release(model: Llama) -> Llama:
     """Empty what :func:`accelerate` filled, in place, and give its memory back."""
-    for module in model.modules():
-        if isinstance(module, Attention | FeedForward):
-            module.fused = None
-        elif isinstance(module, Linear):
-            module.kernel = None
+    unpack(model, Attention)
     model.output_kernel = model.step = None
     return model
-
-
-def _plain(*linears: object) -> bool:
-    return all(type(linear) is Linear for linear in linears)
-
-
-def _packed(linear: Linear) -> Packed | None:
-    return Packed((linear.weight,)) if _plain(linear) else None

@@ -27,7 +27,8 @@ esac
 def call(folder: Path, *arguments: str, stopped: str = "nothing", **env: str) -> tuple[int, str, list[str]]:
     (folder / "exps").mkdir(exist_ok=True)
     (folder / "bin").mkdir(exist_ok=True)
-    shutil.copy(ROOT / "exps" / "nano_sphinx.sh", folder / "exps")
+    for name in ("nano_sphinx.sh", "launch.sh"):
+        shutil.copy(ROOT / "exps" / name, folder / "exps")
     (folder / "exps" / "setup.sh").write_text("exit 0\n")
     for name in ("python", "torchrun"):
         (folder / "bin" / name).write_text(PYTHON)

@@ -164,7 +164,7 @@ def _sets(model: Generator, args: argparse.Namespace) -> Sets:
         sets[kind], skipped = queries(kind, cache=args.cache, limit=args.limit)
         cut = sum(lost > 0 for lost in model.lost([query.prompt for query in sets[kind]]))
         if skipped:
-            print(f"{kind}: {skipped} pairs are left out, their concepts have no two keywords that hide the name")
+            print(f"{kind}: {skipped} pairs are left out: no two keywords hide the name and are not those of training")
         if cut:
             print(f"warning: {cut} prompts of {kind} are too long and lose their end", file=sys.stderr)
     return sets

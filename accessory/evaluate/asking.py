@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,8 +83,8 @@ class Query:
 
 
 def queries(kind: Kind, *, cache: Path | None = None, limit: int | None = None) -> tuple[list[Query], int]:
-    """All queries of a kind (or ``limit``, spread evenly), and how many pairs were skipped: those whose concepts have
-    fewer than two keywords that do not give the name away.
+    """All queries of a kind (or ``limit``, spread evenly), and how many pairs were skipped: those of concepts without
+    :func:`keywords`.
 
     Raises:
         ValueError: for an unknown kind and a limit below 2; AssetError when an asset is missing.
@@ -110,12 +111,19 @@ def _pairs(kind: Kind, known: Sequence[emoji.Concept], cache: Path | None) -> li
         prompt: Prompt | None = sample.turns[0].text if kind == "caption" else sample.turns[:1]
         fits = None
         if kind == "indirect":
-            tags = sorted(telling(known[row]), key=lambda t: (uses[t], t))[:2]
-            prompt = indirect(number, tags, style) if len(tags) == 2 else None
+            tags = keywords(known[row], uses)
+            prompt = indirect(number, tags, style) if tags else None
             fits = sum(set(tags) <= set(concept.tags) for concept in known)
         query = None if prompt is None else Query(kind, number, prompt, style, (row,), meta["held_out"], fits)
         found.append(query)
     return found
+
+
+def keywords(concept: emoji.Concept, uses: Mapping[str, int]) -> tuple[str, ...]:
+    """The two telling keywords that the fewest concepts have, but never the very pair that training asks with (the
+    first two, see :mod:`accessory.data.builtin`); none where there is no such pair."""
+    tags = sorted(telling(concept), key=lambda tag: (uses[tag], tag))
+    return next((pair for pair in combinations(tags, 2) if set(pair) != set(concept.tags[:2])), ())
 
 
 def telling(concept: emoji.Concept) -> list[str]:
@@ -136,7 +144,7 @@ def indirect(number: int, tags: Sequence[str], style: str) -> tuple[Turn, ...]:
     """A dialogue about two keywords, with the wording of that number."""
     said = INDIRECT[number % len(INDIRECT)]
     words = {"a": tags[0], "b": tags[1], "style": emoji.STYLE_WORDS[style]}
-    return tuple(Turn(("user", "assistant")[k % 2], (text.format(**words),)) for k, text in enumerate(said))  # type: ignore[arg-type]
+    return tuple(Turn(("user", "assistant")[k % 2], (text.format(**words),)) for k, text in enumerate(said))
 
 
 def _riddles(known: Sequence[emoji.Concept]) -> list[Query | None]:

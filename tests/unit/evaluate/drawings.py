@@ -37,7 +37,9 @@ def world(monkeypatch: pytest.MonkeyPatch, count: int = COUNT) -> None:
         rgba[..., :3] = 0.8 * colours + 0.2 * own
         drawn[style] = rgba.repeat(8, 1).repeat(8, 2)
     known = tuple(
-        emoji.Concept(f"A{k:03X}", f"thing {k}", ("thing",) if k % 3 == 0 else ("many", f"word{k}", "things"), "g", "s")
+        emoji.Concept(
+            f"A{k:03X}", f"thing {k}", ("thing",) if k % 3 == 0 else ("many", "more", "things", f"word{k}"), "g", "s"
+        )
         for k in range(count)
     )
     monkeypatch.setattr(emoji, "concepts", lambda cache=None: known)

@@ -32,10 +32,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--aspect", metavar="W:H", help="width to height; --size N is the side of a square of equal area")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each prompt, seeds rising")
-    p.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
-    p.add_argument("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; 1 is off")
-    p.add_argument("--solver", choices=SOLVERS)
-    p.add_argument("--time-shift", type=float, metavar="S", help="above 1: more steps near the noise")
+    add_sampler_options(p)
     p.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="default: pictures")
     p.add_argument("--skip-existing", action="store_true", help="go on: leave pictures that are in DIR already")
     p.add_argument("--batch", type=int, default=4, metavar="N", help="pictures made at once (default: 4)")
@@ -43,6 +40,14 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--cache", type=Path, help="asset cache")
     p.set_defaults(main=main)
+
+
+def add_sampler_options(p: argparse._ActionsContainer) -> None:
+    """The options that :func:`adjusted` reads."""
+    p.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
+    p.add_argument("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; 1 is off")
+    p.add_argument("--solver", choices=SOLVERS)
+    p.add_argument("--time-shift", type=float, metavar="S", help="above 1: more steps near the noise")
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,21 @@ def _tell_cuts(prompts: Sequence[str], model: Generator) -> None:
             print(f"warning: the last {lost} tokens do not fit and are left out of {prompt[:60]!r}...", file=sys.stderr)
 
 
+def whole_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file that grows, none where there is no file; a line that a kill has torn is cut off."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+
+
 class Output:
     """The folder of pictures; ``about`` is what all of them share in the manifest."""
 
@@ -178,20 +198,7 @@ class Output:
         self.folder, self.about, self.skip = folder, about, skip
         folder.mkdir(parents=True, exist_ok=True)
         self.manifest = folder / MANIFEST
-        self.made = {entry["file"]: entry for entry in self._entries()}
-
-    def _entries(self) -> Iterator[dict[str, Any]]:
-        if not self.manifest.is_file():
-            return
-        text = self.manifest.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a line that a kill has torn is dropped
-        if whole != text:
-            self.manifest.write_text(whole, encoding="utf-8")
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.manifest}:{number} is not JSON: {error}") from None
+        self.made = {entry["file"]: entry for entry in whole_entries(self.manifest)}
 
     def wants(self, job: Job) -> bool:
         """Whether a picture is to be made.

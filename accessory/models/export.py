@@ -53,6 +53,9 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, base: s
         if tree["base_sha256"] not in (None, found := _sha256(old)):
             raise ValueError(f"{old} is not what {source} was trained on: SHA-256 {found}, not {tree['base_sha256']}")
         _check_same(old, new)
+        # What the base brings stands in the copy as the base itself says it: loading compares them.
+        before, after = _tree(old), _tree(new)
+        tree |= {n: value for n, value in after.items() if n not in _FREE and tree.get(n) == before.get(n)}
         tree |= {"base": base, "base_sha256": _sha256(new)}
     outside: list[str] = []
     with beside(source):
@@ -102,10 +105,12 @@ def _check_same(old: Path, new: Path) -> None:
 
 
 def _rename(tree: dict[str, Any], outside: list[str]) -> None:
-    """Paths of shipped models become ``weights/NAME``; what lies elsewhere is listed."""
+    """Paths of shipped models become ``weights/NAME``; what lies elsewhere is listed. What a base brings is left."""
+    based = tree.get("base") is not None
     for key, value in tree.items():
         if isinstance(value, dict):
-            _rename(value, outside)
+            if not based or key == "conditioner":
+                _rename(value, outside)
         elif key in _NAMES and isinstance(value, str) and not value.startswith(ASSET):
             place, shipped = find(value).resolve(), build.SHIPPED.resolve()
             if place.is_relative_to(shipped):

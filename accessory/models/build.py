@@ -79,16 +79,12 @@ def base_folder(name: str) -> Path:
     folder = find(name)
     if folder.is_dir():
         return folder
-    tried = (
-        ""
-        if folder.is_absolute()
-        else f" (looked in {', '.join(dict.fromkeys(str(p.absolute()) for p in _places(name)))})"
-    )
+    tried = ", ".join(dict.fromkeys(str(p.absolute()) for p in _places(name)))
     run, makes = folder.parent.name, ""
     for file, verb in ((f"exps/{run}.sh", "bash"), (f"exps/{run}.yaml", "python -m accessory train")):
         if not makes and folder.name == "final" and (SHIPPED.parent / file).is_file():
             makes = f"; {verb} {file} makes it"
-    raise ValueError(f"there is no folder {name}{makes}{tried}")
+    raise ValueError(f"there is no folder {name}{makes} (looked in {tried})")
 
 
 def is_generator(folder: str | Path) -> bool:

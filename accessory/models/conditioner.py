@@ -190,8 +190,10 @@ def _model(source: str | ModelConfig, dtype: str, cache: Path | None) -> tuple[M
 
 def _named(source: str, dtype: str) -> ModelConfig:
     """The configuration of a model folder, or of a bare language model."""
-    based = ModelConfig(base=source)
-    if not source.startswith(build.ASSET) and (build.base_folder(based) / build.CONFIG_FILE).is_file():
-        return based
+    if not source.startswith(build.ASSET):
+        path = build.find(source)
+        path = path if path.is_file() else build.base_folder(source)
+        if (path / build.CONFIG_FILE).is_file():
+            return ModelConfig(base=source)
     backbone = BackboneConfig(source=source, dtype="fp32" if dtype == "fp32" else "bf16")
     return ModelConfig(backbone=backbone, tower=None, projector=None)

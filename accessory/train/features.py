@@ -55,19 +55,20 @@ class CachedFeatures(Features):
         generator: its codec and conditioner are frozen.
         folder: where caches lie; each codec and each conditioner has its own by digest.
         about: what else decides the conditions (the profile, for instance).
-        writer: number of this process.
+
+    Several runs, and the ranks of one, may share a folder; each sees what the others have written.
 
     Raises:
         ValueError: when the codec or the conditioner trains: its features would be those of its first step for ever.
     """
 
-    def __init__(self, generator: Generator, folder: Path, about: str, writer: int = 0) -> None:
+    def __init__(self, generator: Generator, folder: Path, about: str) -> None:
         for name in ("codec", "conditioner"):
             if trains(getattr(generator, name)):
                 raise ValueError(f"cache_features: the {name} trains, so that its features change with every step")
         words = fingerprint(generator.conditioner, about=about)
-        self._latents = _Rows(folder, "latents", generator.codec.digest(), writer)
-        self._texts = _Rows(folder, "texts", words, writer)
+        self._latents = _Rows(folder, "latents", generator.codec.digest())
+        self._texts = _Rows(folder, "texts", words)
         self._null: Condition | None = None
 
     def latents(self, generator: Generator, targets: Targets, noise: Sequence[torch.Generator]) -> Latents:
@@ -111,9 +112,9 @@ class CachedFeatures(Features):
 class _Rows:
     """A cache that is read and filled at once."""
 
-    def __init__(self, folder: Path, what: str, digest: str, writer: int) -> None:
+    def __init__(self, folder: Path, what: str, digest: str) -> None:
         self._folder, self._made_by = folder / f"{what}-{digest}", {what: digest}
-        self._writer = CacheWriter(self._folder, self._made_by, writer=writer)
+        self._writer = CacheWriter(self._folder, self._made_by)
         self._pending: dict[str, Row] = {}
         self._reader = CacheReader(self._folder, self._made_by)
 

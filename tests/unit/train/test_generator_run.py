@@ -13,7 +13,7 @@ from accessory import config as configuration
 from accessory.cli import train as verb
 from accessory.models.generator import is_generator, load_generator
 from accessory.train.generator_run import GeneratorRunConfig, main_config
-from tests.tiny_draw import draw_config, write_captions
+from tests.tiny_generator import draw_config, write_captions
 
 
 def experiment(folder: Path, more: str = "") -> Path:

@@ -11,7 +11,6 @@ from accessory.data.image import open_picture, resize, to_tensor
 from accessory.data.rows import RowRejected
 from accessory.schema import CAPTION, Encoded, Picture, Prompt, Sample, Target
 
-
 Fit = Callable[[int, int], tuple[int, int]]
 """(width, height) of a picture to that of its target, in pixels."""
 

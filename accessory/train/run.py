@@ -25,8 +25,9 @@ from accessory.peft.attach import trainable_state
 from accessory.schema import Batch
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
+from accessory.train.disjoint import DisjointObjective
 from accessory.train.loop import Hooks, Result, train
-from accessory.train.objective import DialogueObjective, ObjectiveConfig
+from accessory.train.objective import DialogueObjective, Objective, ObjectiveConfig
 from accessory.train.optim import Optimizer
 
 LOG = log.get(__name__)
@@ -89,6 +90,7 @@ def run(
     model = build.build(config.model, cache=cache, train=True)
     objective = DialogueObjective(config.objective, model.tokenizer, cache)
     objective.prepare(model.net)
+    minimised = _disjoint(config, objective, model.net)
     model.net.to(device)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
@@ -115,9 +117,18 @@ def run(
         },
     )
     try:
-        return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
+        return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
     finally:
         report_rejected(source.ledger)
+
+
+def _disjoint(config: RunConfig, objective: DialogueObjective, net: nn.Module) -> Objective:
+    groups = config.objective.disjoint
+    if groups and config.train.block_checkpointing:
+        raise ValueError(
+            "train.block_checkpointing runs blocks again when objective.disjoint has thawed them; leave one of them out"
+        )
+    return DisjointObjective(objective, groups, net) if groups else objective
 
 
 def warm_start(net: nn.Module, folder: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from accessory import config as configuration
+from accessory.data.tiling import TilingConfig
 from accessory.diffusion.latents import FAMILIES
 from accessory.diffusion.sampler import Ancestral, SamplerSettings
 from accessory.diffusion.time_grid import Grid
@@ -41,11 +42,11 @@ STEPS = SamplerSettings(Ancestral(), Grid(points=3))
 
 
 def write_data(folder: Path) -> Path:
-    """Captions, and dialogues in which one answer is a picture and one is words."""
+    """Captions, and dialogues in which the answer is a picture and a word about it."""
     write_captions(folder, 4)
     rows: list[dict[str, Any]] = []
     for name in ("red", "blue"):
-        shown = [{"type": "text", "text": "There."}, {"type": "image_url", "image_url": {"url": f"{name}.png"}}]
+        shown = [{"type": "image_url", "image_url": {"url": f"{name}.png"}}, {"type": "text", "text": "There."}]
         asked = {"role": "user", "content": f"Draw a {name} hat."}
         rows.append({"messages": [asked, {"role": "assistant", "content": shown}]})
     (folder / "drawn.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -82,7 +83,11 @@ def write_decoder(folder: Path, sdxl: bool) -> None:
 
 def shrunk(name: str, given: GeneratorConfig, folder: Path) -> GeneratorConfig:
     """The generator of a stage with tiny parts in the places of its own."""
-    model = replace(tiny_config(tiny_tokenizer(folder / "words")), tower=TowerSource(preset="tiny-clip", weights=None))
+    model = replace(
+        tiny_config(tiny_tokenizer(folder / "words")),
+        tower=TowerSource(preset="tiny-clip", weights=None),
+        tiling=TilingConfig(size=32),
+    )
     if name == "nano_dit":
         text, denoiser = TextSource(PROFILE, model), FlagDiTSource(replace(LEARNER, latent_channels=48))
         return replace(given, denoiser=denoiser, conditioner=text, size=SIDE)

@@ -134,21 +134,27 @@ def stage(name: str, folder: Path) -> GeneratorRunConfig:
     )
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-def device(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, device: str) -> Path:
-    made = tmp_path_factory.mktemp(f"stages-{device}")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("stages")
     write_data(made)
     return made
 
 
 @pytest.mark.parametrize("name", STAGES)  # in this order: a stage begins where the one before it ended
-def test_a_stage_runs_from_its_file_to_a_picture(name: str, folder: Path, device: str) -> None:
+def test_a_stage_runs_from_its_file_to_a_picture(name: str, folder: Path) -> None:
+    check(name, folder, "cpu")
+
+
+@NEEDS_GPU
+def test_all_stages_on_one_gpu(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    for name in STAGES:
+        check(name, tmp_path, "cuda")
+
+
+def check(name: str, folder: Path, device: str) -> None:
+    """Run a stage and see what it left."""
     config = stage(name, folder)
     began = time.process_time()
     result = run(config, device=device)

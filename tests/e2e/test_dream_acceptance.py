@@ -325,4 +325,4 @@ def test_documents_learned_by_heart_bring_their_number_of_pictures(tmp_path: Pat
     assert dream.start_output is not None
     with torch.no_grad():
         dream.start_output.copy_(dream.net.backbone.tok_embeddings.weight.mean(0))
-    assert sum(found for found, _ in drawn(model, requests[:8])) < sum(counts[:8])
+    assert [found for found, _ in drawn(model, requests[:8])] == [0] * 8 != counts[:8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from accessory.data import assets
 from accessory.data.encode import DreamLayout, Encoder
 from accessory.data.loader import RowEncoder
 from accessory.data.targets import TargetEncoder
+from accessory.diffusion.buckets import Nearest, bucket_sizes
 from accessory.models import build
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.generator import Generator, GeneratorConfig, build_generator, saved_state
@@ -28,13 +30,26 @@ from accessory.train.run import DataConfig, describe, export_texts, open_loader,
 
 
 @dataclass(frozen=True)
+class DrawnDataConfig(DataConfig):
+    """``aspects``: the longest side of a drawn picture to its shortest. At 1 the middle square of every picture is
+    drawn, at ``generator.size``. Beyond it each picture keeps the aspect of the nearest of all sizes with about as many
+    pixels (:mod:`accessory.diffusion.buckets`), and those of a batch differ."""
+
+    aspects: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.aspects >= 1:
+            raise ValueError(f"data.aspects {self.aspects} is a longer side to a shorter one, so at least 1")
+
+
+@dataclass(frozen=True)
 class GeneratorRunConfig:
     """One experiment. ``init`` names a generator folder whose tensors are the start of this run. ``cache_features``
     computes latents and conditions once and keeps them in ``cache`` (the folder of the assets). ``seen``: in
     dialogues the model also sees each picture that it has drawn, as the user's."""
 
     train: TrainConfig
-    data: DataConfig
+    data: DrawnDataConfig
     generator: GeneratorConfig
     objective: GenerationConfig = field(default_factory=GenerationConfig)
     init: str | None = None
@@ -101,9 +116,9 @@ def objective_of(config: GeneratorRunConfig, features: Features) -> Any:
 
 def row_encoder(config: GeneratorRunConfig, generator: Generator) -> RowEncoder:
     """What writes rows: prompts and pictures, or with ``objective.loss`` dialogues with dream spans."""
-    size = generator.size[0]
+    size, fit = generator.size[0], fitting(generator, config.data.aspects)
     if config.objective.loss is None:
-        return TargetEncoder(size)
+        return TargetEncoder(size, fit)
     if not isinstance(generator.conditioner, DreamConditioner):
         raise ValueError(
             "objective.loss needs a generator whose conditioner is a dream bridge (conditioner.kind: dream)"
@@ -112,8 +127,23 @@ def row_encoder(config: GeneratorRunConfig, generator: Generator) -> RowEncoder:
     seen = config.seen and generator.conditioner.dream.net.projector is not None
     return Encoder(
         own.tokenizer, own.template, own.tiling, own.tokens_per_tile, own.max_length, own.start_end,
-        DreamLayout(queries, size, seen),
+        DreamLayout(queries, size, seen, fit),
     )  # fmt: skip
+
+
+def fitting(generator: Generator, aspects: float) -> Nearest | None:
+    """The size that each picture is drawn at; None for squares.
+
+    Raises:
+        ValueError: when ``generator.size`` is no whole number of patches.
+    """
+    if aspects == 1:
+        return None
+    grain = math.lcm(*generator.grain)
+    try:
+        return Nearest(bucket_sizes(generator.size[0], patch=grain, max_aspect=aspects))
+    except ValueError as error:
+        raise ValueError(f"data.aspects {aspects} with generator.size {generator.size[0]}: {error}") from None
 
 
 def warm_start(generator: Generator, folder: Path) -> None:

@@ -27,8 +27,9 @@ from accessory.peft.attach import trainable_state
 from accessory.schema import Batch, Encoded
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
+from accessory.train.disjoint import DisjointObjective
 from accessory.train.loop import Hooks, Result, train
-from accessory.train.objective import DialogueObjective, ObjectiveConfig
+from accessory.train.objective import DialogueObjective, Objective, ObjectiveConfig
 from accessory.train.optim import Optimizer
 
 LOG = log.get(__name__)
@@ -98,6 +99,7 @@ def run(
     model = build.build(config.model, cache=cache, train=True)
     objective = DialogueObjective(config.objective, model.tokenizer, cache)
     objective.prepare(model.net)
+    minimised = _disjoint(config, objective, model.net)
     model.net.to(device)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
@@ -120,7 +122,7 @@ def run(
         texts=export_texts(model.config, resolved, config.data, folder),
     )
     with reported(source.ledger):
-        return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
+        return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
 
 
 def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> dict[str, str]:
@@ -130,6 +132,15 @@ def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> 
         "run.yaml": resolved,
         "sources.yaml": sources_file(data, folder).read_text(encoding="utf-8"),
     }
+
+
+def _disjoint(config: RunConfig, objective: DialogueObjective, net: nn.Module) -> Objective:
+    groups = config.objective.disjoint
+    if groups and config.train.block_checkpointing:
+        raise ValueError(
+            "train.block_checkpointing runs blocks again when objective.disjoint has thawed them; leave one of them out"
+        )
+    return DisjointObjective(objective, groups, net) if groups else objective
 
 
 def warm_start(net: nn.Module, folder: Path) -> None:

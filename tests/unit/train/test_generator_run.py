@@ -16,7 +16,7 @@ from accessory.cli import train as verb
 from accessory.diffusion.latent_cache import CacheWriter
 from accessory.models.generator import is_generator, load_generator
 from accessory.train.generator_run import GeneratorRunConfig, main_config
-from tests.tiny_draw import draw_config, write_captions
+from tests.tiny_generator import draw_config, write_captions
 
 
 def experiment(folder: Path, more: str = "") -> Path:

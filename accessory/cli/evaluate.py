@@ -20,9 +20,10 @@ from accessory.cli.generate import add_sampler_options, adjusted, whole_entries
 if TYPE_CHECKING:
     from accessory.evaluate.asking import Query
     from accessory.evaluate.drawn import Scorer
+    from accessory.evaluate.score import Control
     from accessory.models.generator import Generator
 
-CONTROLS = ("none", "shuffled", "blind")
+CONTROLS: tuple[Control, ...] = ("none", "shuffled", "blind")
 OF_CHAT = ("controls", "retrieval")
 OF_GENERATORS = ("seed", "steps", "guidance", "solver", "time_shift", "sheet")
 SHEET = 24  # rows of a contact sheet, of all kinds together
@@ -124,6 +125,7 @@ def _retrieval(config: object, cache: Path | None, tuned: object) -> None:
 def _draws(folder: Path, args: argparse.Namespace) -> int:
     from accessory.config import plain
     from accessory.evaluate.drawn import Scorer
+    from accessory.evaluate.score import Control
     from accessory.evaluate.gallery import Gallery, encoder
     from accessory.evaluate.tally import LIKENESS_HEAD, RANKS_HEAD, likeness_line, split
     from accessory.models.generator import digest, load_generator

@@ -125,7 +125,6 @@ def _retrieval(config: object, cache: Path | None, tuned: object) -> None:
 def _draws(folder: Path, args: argparse.Namespace) -> int:
     from accessory.config import plain
     from accessory.evaluate.drawn import Scorer
-    from accessory.evaluate.score import Control
     from accessory.evaluate.gallery import Gallery, encoder
     from accessory.evaluate.tally import LIKENESS_HEAD, RANKS_HEAD, likeness_line, split
     from accessory.models.generator import digest, load_generator

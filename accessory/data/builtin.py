@@ -309,7 +309,7 @@ def _small_talk(request: _Request) -> tuple[int, Maker]:
     def make(item: int, index: int) -> Sample:
         rng = request.rng(index)
         asked, answer = small_talk.exchange(known[item], rng, training=request.training)
-        said = (Turn("user", (asked,)), Turn("assistant", (answer,)))
+        said: tuple[Turn, ...] = (Turn("user", (asked,)), Turn("assistant", (answer,)))
         place = rng.random()
         if place < 0.4:
             drawn = draw(int(rng.integers(count)), index).turns

@@ -227,6 +227,7 @@ class Dream(nn.Module):
         seq, pooled = self.heads(features, seen)
         if config.residual is not None:
             base = prompt[config.residual.tap]
+            base = self.net.backbone.norm(base) if config.residual.normed else base
             # What the queries know reaches the prompt's positions through the connector; the layout stays the prompt's.
             seq, seen = (base + seq[:, seq.shape[1] - base.shape[1] :]).to(base.dtype), real
         return Condition(seq=seq, mask=seen, pooled=pooled)

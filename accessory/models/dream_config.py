@@ -24,9 +24,15 @@ class TapConfig:
 @dataclass(frozen=True)
 class Residual:
     """What comes out stands on the prompt's own states of block ``tap`` (``null``: final normed), those that the
-    denoiser was trained on; with zero-init heads the bridge starts as the plain text encoder."""
+    denoiser was trained on; with zero-init heads the bridge starts as the plain text encoder. ``normed``: of a block's
+    states the model's last norm is taken, as text profiles do by default."""
 
     tap: int | None = None
+    normed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.normed and self.tap is None:
+            raise ValueError("residual: the final states are normed already; normed is for those of a block (tap)")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.conform import dit, dream, sampling, text, transport
+from tools.conform import dit, dream, sampling, text, transport, vision
 from tools.conform.comparison import Comparison, Handler, UnsupportedError
 
 HANDLERS: dict[str, Handler] = {
@@ -23,6 +23,7 @@ HANDLERS: dict[str, Handler] = {
     **sampling.HANDLERS,
     **text.HANDLERS,
     **transport.HANDLERS,
+    **vision.HANDLERS,
 }
 
 

@@ -33,7 +33,8 @@ class Encoder:
     With ``dream`` the assistant's pictures are targets.
 
     A real tile becomes ``tokens_per_tile`` image placeholders (between a start and an end placeholder when
-    ``start_end``), a blank one a single skip placeholder. Rows longer than ``max_length`` positions are rejected whole:
+    ``start_end``), or several such runs where that is a sequence of numbers, one for every view that the tower takes of
+    a tile; a blank one becomes a single skip placeholder. Rows longer than ``max_length`` positions are rejected whole:
     no run of placeholders is ever cut.
     """
 
@@ -42,20 +43,26 @@ class Encoder:
         tokenizer: Tokenizer,
         template: Template,
         tiling: TilingConfig,
-        tokens_per_tile: int,
+        tokens_per_tile: int | Sequence[int],
         max_length: int,
         start_end: bool = False,
         dream: DreamLayout | None = None,
     ) -> None:
-        if tokens_per_tile < 1 or max_length < 2:
+        self.runs = (tokens_per_tile,) if isinstance(tokens_per_tile, int) else tuple(tokens_per_tile)
+        if min(self.runs, default=0) < 1 or max_length < 2:
             raise ValueError(f"tokens_per_tile {tokens_per_tile} must be at least 1 and max_length {max_length} 2")
         self.tokenizer = tokenizer
         self.template = template
         self.tiling = tiling
-        self.tokens_per_tile = tokens_per_tile
+        self.tokens_per_tile = sum(self.runs)
         self.max_length = max_length
         self.start_end = start_end
         self.dream = dream
+
+    @property
+    def positions_per_tile(self) -> int:
+        """What a real tile costs."""
+        return self.tokens_per_tile + 2 * len(self.runs) * self.start_end
 
     @property
     def tile_size(self) -> int:
@@ -135,7 +142,14 @@ class Encoder:
         image = open_picture(picture.source)
         plan = self.tiling.plan(*image.size)
         tiles.append(cut(image, plan))
-        real = [IMAGE] * self.tokens_per_tile
-        if self.start_end:
-            real = [IMAGE_START, *real, IMAGE_END]
+        real = tile_ids(self.runs, self.start_end)
         return [i for tile in plan.tiles for i in ([SKIP] if tile.blank else real)]
+
+
+def tile_ids(runs: Sequence[int], start_end: bool) -> list[int]:
+    """The placeholders of one real tile: of every view its features, between start and end with ``start_end``."""
+    out: list[int] = []
+    for length in runs:
+        features = [IMAGE] * length
+        out += [IMAGE_START, *features, IMAGE_END] if start_end else features
+    return out

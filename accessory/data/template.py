@@ -55,6 +55,7 @@ class Template:
     stop: tuple[Piece, ...] = ()
     strip: bool = True  # blanks around a turn's text are dropped
     pictures_first: bool = False  # the first turn's pictures stand before all text (SPHINX)
+    pictures_before_begin: bool = False  # and before ``begin`` too (LLaMA2-Accessory's models with a single CLIP)
     input_system: str | None = None  # the system text when the first user turn has an input (Alpaca)
     input_prefix: str | None = None
 
@@ -98,6 +99,21 @@ _CHATML = Template(
     strip=False,
 )
 
+_ALPACA_TURN = Template(
+    name="alpaca",
+    begin=(BOS,),
+    system=_ALPACA,
+    user_prefix=("\n\n### Instruction:\n",),
+    user_suffix=("\n\n",),
+    assistant_prefix=("### Response:",),
+    end=(EOS,),
+    stop=(EOS,),
+    pictures_first=True,
+    input_system=_ALPACA_INPUT,
+    input_prefix="\n\n### Input:\n",
+)
+_PLAIN = Template(name="plain", begin=(BOS,), end=(EOS,), stop=(EOS,), pictures_first=True)
+
 TEMPLATES: dict[str, Template] = {
     t.name: t
     for t in (
@@ -127,19 +143,8 @@ TEMPLATES: dict[str, Template] = {
             end=(EOS,),
             stop=(EOS,),
         ),
-        Template(
-            name="alpaca",
-            begin=(BOS,),
-            system=_ALPACA,
-            user_prefix=("\n\n### Instruction:\n",),
-            user_suffix=("\n\n",),
-            assistant_prefix=("### Response:",),
-            end=(EOS,),
-            stop=(EOS,),
-            pictures_first=True,
-            input_system=_ALPACA_INPUT,
-            input_prefix="\n\n### Input:\n",
-        ),
+        _ALPACA_TURN,
+        replace(_ALPACA_TURN, name="alpaca_clip", pictures_before_begin=True),
         Template(
             name="llama2",
             system_prefix=("<<SYS>>\n",),
@@ -153,10 +158,12 @@ TEMPLATES: dict[str, Template] = {
         ),
         _CHATML,
         replace(_CHATML, name="chatml_plain", system=None),
-        Template(name="plain", begin=(BOS,), end=(EOS,), stop=(EOS,), pictures_first=True),
+        _PLAIN,
+        replace(_PLAIN, name="plain_clip", pictures_before_begin=True),
     )
 }
-"""Templates by name; the shapes of ``sphinx`` are those of the published SPHINX weights."""
+"""Templates by name; the shapes of ``sphinx`` are those of the published SPHINX weights. ``*_clip`` are for those
+LLaMA2-Accessory models that read CLIP alone: their pictures precede the first token."""
 
 
 def get(name: str) -> Template:
@@ -177,7 +184,8 @@ def render(template: Template, turns: Sequence[Turn], *, generate: bool = False)
         raise ValueError("a dialogue needs at least one turn, and its last must be the user's to be answered")
     out = [Segment(p) for p in template.begin]
     if template.pictures_first:
-        out += [Segment(p) for p in dialogue[0].pictures]
+        pictures = [Segment(p) for p in dialogue[0].pictures]
+        out = pictures + out if template.pictures_before_begin else out + pictures
     system_block = [] if system is None else [*template.system_prefix, system, *template.system_suffix]
     inside = template.system_inside and dialogue[0].role == "user"
     if not inside:

@@ -143,7 +143,7 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         words,
         template.get(config.template),
         config.tiling,
-        projector.num_tokens if projector is not None else 1,
+        projector.runs(tower.runs) if tower is not None and projector is not None else 1,
         config.max_length,
         start_end=config.projector is not None and config.projector.start_end,
     )

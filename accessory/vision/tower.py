@@ -32,7 +32,7 @@ class VisionTokens:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """A run of tokens of one width that gets a projection of its own; ``num_tokens`` is per tile."""
+    """A run of tokens of one width; groups of one name share a projection. ``num_tokens`` is per tile."""
 
     name: str
     width: int
@@ -75,6 +75,11 @@ class Tower(nn.Module, ABC):
     def groups(self) -> tuple[TokenGroup, ...]:
         """The token groups of a tile, in the order of :meth:`tokens`."""
         return (TokenGroup(self.group, self.width, self.grid[0] * self.grid[1] + int(self.has_cls)),)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Tokens of every view of a tile; their sum is that of :attr:`groups`."""
+        return (sum(g.num_tokens for g in self.groups),)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.conform import dit, dream, sampling, text, transport, vision
+from tools.conform import dit, dream, meta_visual, sampling, text, transport, vision
 from tools.conform.comparison import Comparison, Handler, UnsupportedError
 
 HANDLERS: dict[str, Handler] = {
     **dit.HANDLERS,
     **dream.HANDLERS,
+    **meta_visual.HANDLERS,
     **sampling.HANDLERS,
     **text.HANDLERS,
     **transport.HANDLERS,
@@ -47,6 +48,7 @@ def run_case(folder: Path) -> tuple[str, str]:
     names = list(dict.fromkeys(c.compared))
     numbers = f"max abs {c.absolute:.2e}, relative {c.relative:.2e}"
     line = f"{folder.name}: {verdict} ({len(c.compared)} compared: {', '.join(names)}; {numbers})"
+    line += "".join(f"\n    on purpose: {reason}" for reason in c.deviations)
     return verdict, line + "".join(f"\n    {problem}" for problem in c.problems)
 
 

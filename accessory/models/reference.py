@@ -65,12 +65,8 @@ def read_published(state: Mapping[str, Tensor], args: Mapping[str, Any], kind: s
     encoders, visual, text = split_parts(plain)
     row, full = find_type(kind), _with_defaults(args, kind)
     own = _text_args(full, row)
-    kind_of_text = "llama_peft" if row.text == "llama_ens_peft" else row.text
-    llama, specs, backbone = reference.from_reference(text, own, kind_of_text)
-    if row.text == "llama_ens_peft":  # keys and values have no bias there
-        specs = tuple(
-            replace(s, targets=reference.BIASED["llama_adapter"]) if isinstance(s, BiasSpec) else s for s in specs
-        )
+    llama, _, backbone = reference.from_reference(text, own, _text_kind(row))
+    specs = text_specs(full, kind)
     to_prefix = row.text == "llama_adapter"
     return Published(
         kind,
@@ -82,6 +78,16 @@ def read_published(state: Mapping[str, Tensor], args: Mapping[str, Any], kind: s
         resampler_names(visual) if to_prefix else {},
         encoders,
     )
+
+
+def text_specs(args: Mapping[str, Any], kind: str) -> tuple[TuningSpec, ...]:
+    """What hangs on the language model of a type under its arguments."""
+    row = find_type(kind)
+    specs = reference.read_specs(_text_args(args, row), _text_kind(row))
+    if row.text != "llama_ens_peft":
+        return specs
+    fewer = reference.BIASED["llama_adapter"]  # keys and values have no bias there
+    return tuple(replace(s, targets=fewer) if isinstance(s, BiasSpec) else s for s in specs)
 
 
 def split_parts(
@@ -128,6 +134,10 @@ def _with_defaults(args: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _text_args(args: Mapping[str, Any], row: LlamaType) -> dict[str, Any]:
     return {"bias_tuning": False, **args} if row.text == "llama_ens_peft" else dict(args)
+
+
+def _text_kind(row: LlamaType) -> str:
+    return "llama_peft" if row.text == "llama_ens_peft" else row.text
 
 
 def assemble(published: Published, tower: Tower | None, heads: int = 16) -> MLLM:

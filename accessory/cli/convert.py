@@ -6,6 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+TARGET_HELP = "layout of DST; model: a model folder, from one of LLaMA2-Accessory that sees"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -16,11 +17,18 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
-    parser.add_argument("--to", dest="target", choices=("accessory", "hf"), default="accessory", help="layout of DST")
+    targets = ("accessory", "hf", "model")
+    parser.add_argument("--to", dest="target", choices=targets, default="accessory", help=TARGET_HELP)
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
     parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
+    parser.add_argument("--llama-type", metavar="TYPE", help="only --to model (default: that of SRC/meta.json)")
+    parser.add_argument(
+        "--clip-activation",
+        choices=("gelu", "quick_gelu"),
+        help="only --to model: what CLIP runs with (default: what the published code runs the released files with)",
+    )
     parser.set_defaults(main=main)
 
 
@@ -42,6 +50,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    if args.target == "model":
+        return _pictured(args)
+    if args.llama_type or args.clip_activation:
+        raise ValueError("--llama-type and --clip-activation need --to model")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
     if layout == "gguf":
@@ -73,4 +85,18 @@ def main(args: argparse.Namespace) -> int:
         print("tokenizer: none written, the one inside a GGUF file is not converted; --tokenizer DIR takes one along")
     else:
         print("tokenizer: none written, there is none in SRC; --tokenizer DIR takes one along")
+    return 0
+
+
+def _pictured(args: argparse.Namespace) -> int:
+    """A model with its encoders."""
+    from accessory.models.reference_folder import convert_pictured
+
+    if args.dtype or args.tokenizer or args.source not in ("auto", "meta"):
+        raise ValueError("--to model takes SRC as it is: no --dtype, --tokenizer or --from")
+    config = convert_pictured(args.src, args.dst, kind=args.llama_type, activation=args.clip_activation, pickles=True)
+    assert config.tower is not None
+    print(f"{args.dst}: model folder with the tower {config.tower.preset}, template {config.template}")
+    for name, digest in config.tower.encoders.items():
+        print(f"encoder {name}: {digest}")
     return 0

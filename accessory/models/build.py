@@ -6,7 +6,6 @@ assets or folders that are named there. Base weights are never copied into it.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -24,13 +23,14 @@ from accessory.data import assets, template, tokenizer
 from accessory.data.encode import Encoder
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
+from accessory.models.encoder_store import file_digest, read_encoder
 from accessory.models.mllm import MLLM
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.vision import presets
 from accessory.vision.projector import Kind, Projector
 from accessory.vision.resampler import Resampler
 from accessory.vision.tower import Tower
-from accessory.vision.weights import load_efficientnet_lite, load_tower
+from accessory.vision.weights import load_efficientnet_lite, load_encoders, load_tower
 
 ASSET = "asset:"
 CONFIG_FILE = "config.yaml"
@@ -50,10 +50,17 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones."""
+    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones.
+
+    ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``encoders``: the
+    SHA-256 of published encoders in the store (:mod:`accessory.models.encoder_store`) by their prefix, in place of
+    ``weights``.
+    """
 
     preset: str = "efficientnet-lite0"
     weights: str | None = "asset:efficientnet-lite0"
+    activation: presets.Activation | None = None
+    encoders: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
 def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
     """The base model, frozen as it was trained, with ``tuning`` on top."""
     base = load(base_folder(config), cache=cache)
-    own, digest = config.base_sha256, _digest(base_folder(config) / WEIGHTS_FILE)
+    own, digest = config.base_sha256, file_digest(base_folder(config) / WEIGHTS_FILE)
     if own not in (None, digest):
         raise ValueError(
             f"model.base {config.base} is not the one that this model was trained on: {WEIGHTS_FILE} has SHA-256 "
@@ -177,11 +184,6 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
         attach(base.net, config.tuning, dtype=torch.float32)
     base.net.requires_grad_(False) if not train else _promote(base.net)
     return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_folder(config: ModelConfig) -> Path:
@@ -235,7 +237,12 @@ def _gguf(path: Path) -> Path | None:
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     """An encoder with its weights, frozen or not as it comes from the library."""
-    tower = presets.build(config.preset)
+    tower = presets.build(config.preset, config.activation)
+    if config.encoders:
+        if config.weights is not None:
+            raise ValueError(f"tower.weights is {config.weights!r} and tower.encoders is given: write one of them")
+        load_encoders(tower, {name: read_encoder(sha, name, cache) for name, sha in config.encoders.items()})
+        return tower
     if config.weights is None:
         return tower
     if config.weights.startswith(ASSET):

@@ -1,0 +1,138 @@
+"""Folders of LLaMA2-Accessory's models with pictures, as model folders of ours."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from accessory.backbone import store
+from accessory.backbone.hf import TOKENIZER_FILES
+from accessory.backbone.keys import expected_shapes
+from accessory.backbone.meta import merge_folder
+from accessory.backbone.weights import save_accessory
+from accessory.data.tiling import TilingConfig
+from accessory.models.build import (
+    WEIGHTS_FILE,
+    BackboneConfig,
+    ModelConfig,
+    ProjectorConfig,
+    ResamplerConfig,
+    TowerSource,
+    write_config,
+)
+from accessory.models.encoder_store import keep_encoder
+from accessory.models.published import find_type
+from accessory.models.reference import SKIP, Published, fill_resampler, read_published
+from accessory.peft.attach import TrainSpec, TuningSpec
+from accessory.vision.presets import Activation
+
+META, CONFIG = "meta.json", "config.json"
+
+
+def read_pictured(folder: Path, kind: str | None = None, *, pickles: bool = False) -> Published:
+    """A checkpoint folder with everything in it; ``kind`` None takes the ``llama_type`` of ``meta.json``.
+
+    Raises:
+        ValueError: for a folder without shards or ``config.json``, a type without a vision part, and keys that do not
+            fit.
+    """
+    folder = Path(folder)
+    if kind is None:
+        found = store.read_json(folder / META).get("llama_type")
+        if not isinstance(found, str):
+            raise ValueError(f"{folder / META} names no llama_type")
+        kind = found
+    if find_type(kind).tower is None:
+        raise ValueError(f"{folder}: a {kind} only reads; it is converted as a language model")
+    published = read_published(merge_folder(folder, pickles=pickles), store.read_json(folder / CONFIG), kind)
+    if not published.sees or not published.encoders:
+        raise ValueError(f"{folder} holds no encoder or no projection of a {kind}: it is a language model alone")
+    return published
+
+
+def convert_pictured(
+    folder: Path,
+    out: Path,
+    *,
+    kind: str | None = None,
+    activation: Activation | None = None,
+    template: str | None = None,
+    cache: Path | None = None,
+    pickles: bool = False,
+) -> ModelConfig:
+    """Write a model folder from a published one, all or nothing; its encoders go to the store of ``cache``.
+
+    The language model is in ``out/backbone``; what the type tunes, with the projection, is what the model folder
+    holds. ``activation`` and ``template`` None are those of the type. Raises as :func:`read_pictured`.
+    """
+    published = read_pictured(folder, kind, pickles=pickles)
+    plain = set(expected_shapes(published.llama))
+    base = {k: v for k, v in published.backbone.items() if k in plain}
+    encoders = {name: keep_encoder(state, cache) for name, state in published.encoders.items()}
+    config = model_config(published, Path(out).resolve() / "backbone", encoders, activation, template)
+    with store.atomic_folder(out) as private:
+        save_accessory(published.llama, base, private / "backbone")
+        for file in TOKENIZER_FILES:
+            if (Path(folder) / file).is_file():
+                shutil.copyfile(Path(folder) / file, private / "backbone" / file)
+        save_file(trained(published), private / WEIGHTS_FILE)
+        write_config(private, config)
+    return config
+
+
+def trained(published: Published) -> dict[str, Tensor]:
+    """What the model folder holds beside the language model: projections, and what hangs on the model."""
+    plain = set(expected_shapes(published.llama))
+    tuned = any(spec.kind == "norm" for spec in published.specs)
+    out = {f"backbone.{k}": v for k, v in published.backbone.items() if k not in plain or (tuned and "norm" in k)}
+    out |= {f"projector.{k}": v for k, v in published.projector.items()}
+    out |= {f"resampler.{k}": v for k, v in published.resampler.items()}
+    if published.projector:
+        some = next(iter(published.projector.values()))
+        out[f"projector.{SKIP}"] = torch.zeros(published.llama.dim, dtype=some.dtype)
+    return {k: v.detach().clone().contiguous() for k, v in out.items()}
+
+
+def model_config(
+    published: Published,
+    backbone: Path,
+    encoders: Mapping[str, str],
+    activation: Activation | None = None,
+    template: str | None = None,
+) -> ModelConfig:
+    """The configuration of a converted checkpoint whose language model lies in ``backbone``."""
+    row = published.type
+    whole = published.backbone["tok_embeddings.weight"].dtype
+    tuning: tuple[TuningSpec, ...] = published.specs
+    projector, resampler = None, None
+    if published.projector:
+        projector = ProjectorConfig("linear_norm", start_end=row.start_end)
+        tuning = (*tuning, TrainSpec(("projector.*",)))
+    if published.resampler:
+        made = fill_resampler(published.resampler, published.llama.dim)
+        resampler = ResamplerConfig(made.prefix_len, made.clip_proj.out_features, len(made.visual_blocks), made.heads)
+        tuning = (*tuning, TrainSpec(("resampler.*",)))
+    return ModelConfig(
+        backbone=BackboneConfig(str(backbone), dtype="fp32" if whole == torch.float32 else "bf16"),
+        tower=TowerSource(str(row.tower), None, activation, dict(encoders)),
+        projector=projector,
+        resampler=resampler,
+        tuning=tuning,
+        template=template or _template(published.kind),
+        tiling=TilingConfig(row.image_size, grid=1, skip=False),
+        max_length=published.llama.max_length,
+    )
+
+
+def _template(kind: str) -> str:
+    """SPHINX's dialogues, and the instructions that the models with one encoder were tuned on."""
+    row: Any = find_type(kind)
+    if len(row.encoders) > 1:
+        return "sphinx"
+    return "alpaca_clip" if row.before_bos else "alpaca"

@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.conform import dit, dream, meta_visual, sampling, text, transport, vision
+from tools.conform import dit, dream, families, meta_visual, sampling, text, transport, vision
 from tools.conform.comparison import Comparison, Handler, UnsupportedError
 
 HANDLERS: dict[str, Handler] = {
     **dit.HANDLERS,
     **dream.HANDLERS,
+    **families.HANDLERS,
     **meta_visual.HANDLERS,
     **sampling.HANDLERS,
     **text.HANDLERS,

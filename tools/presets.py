@@ -93,7 +93,9 @@ def arguments(config: LlamaConfig) -> dict[str, Any]:
         "dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
         "vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
     }  # fmt: skip
-    return out | {"multiple_of": 256}
+    if c.moe is None:
+        return out | {"multiple_of": 256}
+    return out | {"hidden_dim": c.ffn_dim, "moe": {"num_experts": c.moe.experts, "num_experts_per_tok": c.moe.top}}
 
 
 def imported(kind: str, config: LlamaConfig) -> tuple[MLLM, published_keys.Shapes]:

@@ -17,10 +17,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
-    targets = ("accessory", "hf", "model")
+    parser.add_argument("--overlay", type=Path, nargs="+", default=(), metavar="DIR", help="folders laid over SRC")
+    targets = ("accessory", "hf", "reference", "model")
     parser.add_argument("--to", dest="target", choices=targets, default="accessory", help=TARGET_HELP)
+    parser.add_argument("--sparse", action="store_true", help="block-sparse experts (only --to reference)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
-    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
+    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (not --to hf)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
     parser.add_argument("--llama-type", metavar="TYPE", help="only --to model (default: that of SRC/meta.json)")
@@ -43,11 +45,14 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.gguf import load_gguf, single_file
     from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer, write_hf
     from accessory.backbone.meta import save_shards
+    from accessory.backbone.reference_folders import write_reference
     from accessory.backbone.store import cast
     from accessory.backbone.weights import detect, read_folder, save_accessory
 
-    if args.tensor_parallel is not None and args.target != "accessory":
-        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
+    if args.tensor_parallel is not None and args.target == "hf":
+        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to hf")
+    if args.sparse and args.target != "reference":
+        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
     if args.target == "model":
@@ -56,10 +61,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--llama-type and --clip-activation need --to model")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
-    if layout == "gguf":
+    if layout == "gguf" and not args.overlay:
         config, tensors = load_gguf(single_file(args.src), dtype or torch.bfloat16)
     else:
-        config, tensors = read_folder(args.src, layout=layout, pickles=True)
+        config, tensors = read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)
         tensors = cast(tensors, dtype)
     tokenizer = args.tokenizer
     if tokenizer is None and args.src.is_dir() and has_tokenizer(args.src):
@@ -69,11 +74,13 @@ def main(args: argparse.Namespace) -> int:
     limit = int(args.max_shard_gb * 1e9)
     if args.target == "hf":
         write_hf(config, tensors, args.dst, tokenizer, limit)
+    elif args.target == "reference":
+        write_reference(config, tensors, args.dst, args.tensor_parallel or 1, args.sparse)
     elif args.tensor_parallel is not None:
         save_shards(config, tensors, args.dst, args.tensor_parallel)
     else:
         save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
-    if args.target == "accessory" and tokenizer is not None:
+    if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
@@ -94,7 +101,8 @@ def _pictured(args: argparse.Namespace) -> int:
 
     if args.dtype or args.tokenizer or args.source not in ("auto", "meta"):
         raise ValueError("--to model takes SRC as it is: no --dtype, --tokenizer or --from")
-    config = convert_pictured(args.src, args.dst, kind=args.llama_type, activation=args.clip_activation, pickles=True)
+    folders = [args.src, *args.overlay]
+    config = convert_pictured(folders, args.dst, kind=args.llama_type, activation=args.clip_activation, pickles=True)
     assert config.tower is not None
     print(f"{args.dst}: model folder with the tower {config.tower.preset}, template {config.template}")
     for name, digest in config.tower.encoders.items():

@@ -18,7 +18,8 @@ class LlamaType:
     ``encoders`` the prefixes of its encoders in a file. ``image_size``: the side of a picture in pixels; ``positions``:
     what it takes in the sequence. ``before_bos``: pictures precede BOS, otherwise they follow it. ``start_end``:
     learned vectors stand around every view. ``declared`` is what the published code subtracts from its budget for a
-    picture where that is another number. ``size``: the name of the size that silent arguments mean.
+    picture where that is another number. ``size``: the name of the size that silent
+    arguments mean; ``defaults``: arguments whose default differs from that of the language model's own type.
     """
 
     text: str = "llama"
@@ -30,11 +31,12 @@ class LlamaType:
     start_end: bool = False
     declared: int | None = None
     size: str = "llama2-7b"
+    defaults: tuple[tuple[str, Any], ...] = ()
     released: tuple[str, ...] = ()
 
 
-def _clip(text: str) -> LlamaType:
-    return LlamaType(text, "clip-l-projected", ("clip",), 224, 257, before_bos=True)
+def _clip(text: str, size: str = "llama2-7b") -> LlamaType:
+    return LlamaType(text, "clip-l-projected", ("clip",), 224, 257, before_bos=True, size=size)
 
 
 def _sphinx(
@@ -62,18 +64,19 @@ LLAMA_TYPES: dict[str, LlamaType] = {
         released=("alpacaLlava_llamaQformerv2Peft_13b",),
     ),
     "llama_ens": _sphinx("sphinx", 224, 291, released=("SPHINX",)),
-    "llama_ens_peft": _sphinx("sphinx", 224, 291, "llama_ens_peft", "llama2-7b", declared=289),
+    "llama_ens_peft": _sphinx("sphinx", 224, 291, "llama_ens_peft", "llama2-7b", declared=289, defaults=(("bias_tuning", False),)),
     "llama_ens5": _sphinx("sphinx-1k", 448, 1455, released=("SPHINX-1k", "SPHINX-v2-1k")),
     "llama_ens5p2": _sphinx("sphinx-1k-pooled", 448, 687),
     "llama_ens10": _sphinx("sphinx-2k", 672, 2910),
     "llama_ens_light": _light("sphinx-light", 512, 259, "SPHINX-Tiny"),
     "llama_ens5_light": _light("sphinx-light-1k", 1024, 1295, "SPHINX-Tiny-1k"),
-    "mixtral": _clip("mixtral"),
-    "mixtral_peft": _clip("mixtral_peft"),
-    "mixtral_sparse": _clip("mixtral_sparse"),
+    "mixtral": _clip("mixtral", "mixtral-8x7b"),
+    "mixtral_peft": _clip("mixtral_peft", "mixtral-8x7b"),
+    "mixtral_sparse": _clip("mixtral_sparse", "mixtral-8x7b"),
     "mixtral_sparse_ens": _sphinx("sphinx-moe", 512, 291, "mixtral_sparse", "mixtral-8x7b", released=("SPHINX-MoE",)),
     "mixtral_sparse_ens5": _sphinx(
-        "sphinx-moe-1k", 1024, 1455, "mixtral_sparse", "mixtral-8x7b", released=("SPHINX-MoE-1k",)
+        "sphinx-moe-1k", 1024, 1455, "mixtral_sparse", "mixtral-8x7b", defaults=(("load_balancing_weight", 0.01),),
+        released=("SPHINX-MoE-1k",),
     ),
     "falcon": LlamaType("falcon"),
     "internlm": LlamaType("internlm"),
@@ -98,7 +101,7 @@ def trains(kind: str, args: Mapping[str, Any], seeing: bool = True) -> tuple[str
     leave a projection at its random start: its PEFT types train of the projections the biases and norms alone, or
     nothing; ours train them, with the vectors around a view.
     """
-    text = find_type(kind).text
+    text, args = find_type(kind).text, {**dict(find_type(kind).defaults), **args}
     mode = args.get("trainable_mode") or ("sg" if text == "llama_adapter" else "mm_stage2")
     if text == "llama_adapter":
         return _adapter(args, mode, seeing)
@@ -111,7 +114,7 @@ def trains(kind: str, args: Mapping[str, Any], seeing: bool = True) -> tuple[str
 
 def _added(args: Mapping[str, Any], text: str) -> tuple[str, ...]:
     """What stands beside or in the frozen language model."""
-    bias = args.get("bias_tuning", text != "llama_ens_peft")
+    bias = args.get("bias_tuning", True)
     norm = args.get("norm_tuning", text != "mixtral_peft")
     low_rank = args.get("lora_rank", -1) > 0
     chosen = {"backbone.*.bias": bias, "backbone.*norm.weight": norm, "backbone.*.delta.*": low_rank}

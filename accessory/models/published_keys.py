@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accessory.backbone.keys import build_meta
 from accessory.backbone.llama import LlamaConfig
+from accessory.backbone.reference import dense_to_sparse
 from accessory.models.published import find_type
 from accessory.peft.attach import TuningSpec, attach
 
@@ -165,6 +166,8 @@ def checkpoint(kind: str, config: LlamaConfig, specs: tuple[TuningSpec, ...] = (
     """The whole checkpoint of a type: names (with the wrapper's ``llma.``) and shapes."""
     row = find_type(kind)
     out = language(config, specs)
+    if row.text == "mixtral_sparse":
+        out = {n: tuple(t.shape) for n, t in dense_to_sparse(on_meta(out)).items()}
     if row.encoders:
         length = next((s.length for s in specs if s.kind == "prefix"), 10)
         out |= joints(kind, config.dim, length)

@@ -64,8 +64,7 @@ def read_published(state: Mapping[str, Tensor], args: Mapping[str, Any], kind: s
     plain = {k.removeprefix("llma.") if wrapped else k: v for k, v in state.items()}
     encoders, visual, text = split_parts(plain)
     row, full = find_type(kind), _with_defaults(args, kind)
-    own = _text_args(full, row)
-    llama, _, backbone = reference.from_reference(text, own, _text_kind(row))
+    llama, _, backbone = reference.from_reference(text, full, _text_kind(row))
     specs = text_specs(full, kind)
     to_prefix = row.text == "llama_adapter"
     return Published(
@@ -83,7 +82,7 @@ def read_published(state: Mapping[str, Tensor], args: Mapping[str, Any], kind: s
 def text_specs(args: Mapping[str, Any], kind: str) -> tuple[TuningSpec, ...]:
     """What hangs on the language model of a type under its arguments."""
     row = find_type(kind)
-    specs = reference.read_specs(_text_args(args, row), _text_kind(row))
+    specs = reference.read_specs({**dict(row.defaults), **args}, _text_kind(row))
     if row.text != "llama_ens_peft":
         return specs
     fewer = reference.BIASED["llama_adapter"]  # keys and values have no bias there
@@ -126,14 +125,11 @@ def resampler_names(visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _with_defaults(args: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Arguments with what the type takes for those that are not said."""
     row = find_type(kind)
+    args = {**dict(row.defaults), **args}
     size = SIZES.get(row.size)
     if size is None or "dim" in args:
-        return dict(args)
+        return args
     return {"dim": size.dim, "n_layers": size.n_layers, "n_heads": size.n_heads, **args}
-
-
-def _text_args(args: Mapping[str, Any], row: LlamaType) -> dict[str, Any]:
-    return {"bias_tuning": False, **args} if row.text == "llama_ens_peft" else dict(args)
 
 
 def _text_kind(row: LlamaType) -> str:

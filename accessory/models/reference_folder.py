@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory.backbone import store
-from accessory.backbone.hf import TOKENIZER_FILES
+from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer
 from accessory.backbone.keys import expected_shapes
-from accessory.backbone.meta import merge_folder
+from accessory.backbone.meta import merge_folder, shard_files
+from accessory.backbone.reference_folders import CONFIG, META, llama_type, overlay
 from accessory.backbone.weights import save_accessory
 from accessory.data.tiling import TilingConfig
 from accessory.models.build import (
@@ -32,32 +33,39 @@ from accessory.models.reference import SKIP, Published, fill_resampler, read_pub
 from accessory.peft.attach import TrainSpec, TuningSpec
 from accessory.vision.presets import Activation
 
-META, CONFIG = "meta.json", "config.json"
 
+def read_pictured(folders: Sequence[Path], kind: str | None = None, *, pickles: bool = False) -> Published:
+    """The first of ``folders`` with the others laid over it (what was trained, or a difference).
 
-def read_pictured(folder: Path, kind: str | None = None, *, pickles: bool = False) -> Published:
-    """A checkpoint folder with everything in it; ``kind`` None takes the ``llama_type`` of ``meta.json``.
+    ``kind`` None takes the ``llama_type`` of the last ``meta.json``; ``config.json`` is the last one too.
 
     Raises:
-        ValueError: for a folder without shards or ``config.json``, a type without a vision part, and keys that do not
+        ValueError: for folders without shards or ``config.json``, a type without a vision part, and keys that do not
             fit.
     """
-    folder = Path(folder)
-    if kind is None:
-        found = store.read_json(folder / META).get("llama_type")
-        if not isinstance(found, str):
-            raise ValueError(f"{folder / META} names no llama_type")
-        kind = found
+    folders = [Path(f) for f in folders]
+    shown = " + ".join(map(str, folders))
+    kinds = [found for f in folders if (found := llama_type(f)) is not None]
+    configs = [f / CONFIG for f in folders if (f / CONFIG).is_file()]
+    if not configs or (kind is None and not kinds):
+        raise ValueError(f"{shown}: no folder has {CONFIG if kinds or kind else META}")
+    kind = kind or kinds[-1]
     if find_type(kind).tower is None:
-        raise ValueError(f"{folder}: a {kind} only reads; it is converted as a language model")
-    published = read_published(merge_folder(folder, pickles=pickles), store.read_json(folder / CONFIG), kind)
+        raise ValueError(f"{shown}: a {kind} only reads; it is converted as a language model")
+    state: dict[str, Tensor] = {}
+    for i, folder in enumerate(folders):
+        difference = shard_files(folder)[0].stem.endswith("-diff")
+        if difference and i == 0:
+            raise ValueError(f"{folder} holds a difference; the folder that it is added to comes first")
+        state = overlay(state, merge_folder(folder, pickles=pickles), difference)
+    published = read_published(state, store.read_json(configs[-1]), kind)
     if not published.sees or not published.encoders:
-        raise ValueError(f"{folder} holds no encoder or no projection of a {kind}: it is a language model alone")
+        raise ValueError(f"{shown} holds no encoder or no projection of a {kind}: it is a language model alone")
     return published
 
 
 def convert_pictured(
-    folder: Path,
+    folders: Sequence[Path],
     out: Path,
     *,
     kind: str | None = None,
@@ -66,21 +74,22 @@ def convert_pictured(
     cache: Path | None = None,
     pickles: bool = False,
 ) -> ModelConfig:
-    """Write a model folder from a published one, all or nothing; its encoders go to the store of ``cache``.
+    """Write a model folder from published ones, all or nothing; its encoders go to the store of ``cache``.
 
     The language model is in ``out/backbone``; what the type tunes, with the projection, is what the model folder
     holds. ``activation`` and ``template`` None are those of the type. Raises as :func:`read_pictured`.
     """
-    published = read_pictured(folder, kind, pickles=pickles)
+    published = read_pictured(folders, kind, pickles=pickles)
     plain = set(expected_shapes(published.llama))
     base = {k: v for k, v in published.backbone.items() if k in plain}
     encoders = {name: keep_encoder(state, cache) for name, state in published.encoders.items()}
     config = model_config(published, Path(out).resolve() / "backbone", encoders, activation, template)
     with store.atomic_folder(out) as private:
         save_accessory(published.llama, base, private / "backbone")
-        for file in TOKENIZER_FILES:
-            if (Path(folder) / file).is_file():
-                shutil.copyfile(Path(folder) / file, private / "backbone" / file)
+        words = [Path(f) for f in folders if has_tokenizer(Path(f))]
+        for file in TOKENIZER_FILES if words else ():
+            if (words[-1] / file).is_file():
+                shutil.copyfile(words[-1] / file, private / "backbone" / file)
         save_file(trained(published), private / WEIGHTS_FILE)
         write_config(private, config)
     return config

@@ -34,6 +34,8 @@ CASES = {
     "05r_llama_ens5_real": 14,
     "05r_llama_ens_light_real": 10,
     "05r_llama_ens_real": 14,
+    "06_mixtral_sparse_ens": 41,
+    "06_mixtral_sparse_ens5": 37,
     "07v_meta_visual": 55,
 }
 

@@ -15,6 +15,7 @@ from accessory.data.encode import tile_ids
 from accessory.models.mllm import MLLM
 from accessory.models.published import LLAMA_TYPES, LlamaType, find_type
 from accessory.models.reference import Published, assemble, read_published
+from accessory.nn.moe import Routing, balance_loss, router_loss, routings
 from accessory.peft.attach import trainable_state
 from accessory.vision import mixture
 from accessory.vision.mixture import Mixture
@@ -94,8 +95,10 @@ def spliced(
     if "out.nohalf_train_logits" in io:
         exact = net.logits(net(ids, tiles))[:, -tokens.shape[1] :]
         c.tensor("nohalf_train_logits", exact, io.pop("out.nohalf_train_logits"))
-        with rounding():
+        with rounding(), routings(net.backbone) as log:
             logits = watched(net, seen, ids, tiles)[:, -tokens.shape[1] :]
+        if log:
+            routed(log, net, io, c)
         c.tensor("half_effect", (logits - exact).abs().max()[None], io.pop("mid.half_effect"))
     else:
         logits = watched(net, seen, ids, tiles)[:, -tokens.shape[1] :]
@@ -105,6 +108,28 @@ def spliced(
     ours = cached(net, tokens, ids, config["infer_schedule"], features=seen.features)
     c.tensor("infer_logits", ours, io.pop("out.infer_logits"))
     return seen
+
+
+def routed(log: list[Routing], net: MLLM, io: IO, c: Comparison) -> None:
+    """What the experts' routers decided (every 16th token where the case holds so many), and the balancing loss."""
+    for i, (logits, chosen, weights) in enumerate(log):
+        at = f"layers.{i}"
+        step = 1 if len(io[f"mid.{at}.gate_logits"]) == len(logits) else 16
+        best = logits.softmax(-1).sort(-1, descending=True).values
+        top = chosen.shape[1]
+        margin = (best[:, top - 1] - best[:, top]).min()
+        c.tensor(f"{at}.moe_margin_min", margin[None], io.pop(f"mid.{at}.moe_margin_min"))
+        c.tensor(f"{at}.gate_logits", logits[::step], io.pop(f"mid.{at}.gate_logits"))
+        c.equal(f"{at}.topk_experts", chosen[::step].tolist(), io.pop(f"mid.{at}.topk_experts").tolist())
+        c.tensor(f"{at}.topk_weights", weights[::step], io.pop(f"mid.{at}.topk_weights_renormalised"))
+    moe = net.backbone.config.moe
+    assert moe is not None
+    each = torch.stack([balance_loss(r) for r in log])
+    c.tensor("load_balancing_loss_per_layer", each, io.pop("out.load_balancing_loss_per_layer"))
+    c.tensor("load_balancing_loss", each.mean()[None], io.pop("out.load_balancing_loss"))
+    c.tensor("load_balancing_weight", torch.tensor([moe.balance]), io.pop("out.load_balancing_weight_returned"))
+    ours = router_loss(moe, log)[None]
+    c.tensor("load_balancing_contribution", ours, io.pop("out.load_balancing_contribution_to_total_loss"))
 
 
 def watched(net: MLLM, seen: Seen, ids: Tensor, tiles: Tensor | None = None) -> Tensor:
@@ -359,10 +384,10 @@ def either_case(folder: Path, config: dict[str, Any], c: Comparison) -> None:
     (visual_case if config.get("with_visual") else text_case)(folder, config, c)
 
 
-READ = ("llama", "llama_adapter", "llama_peft", "llama_qformerv2_peft", "llama_ens_peft")
+READ = ("llama", "llama_adapter", "llama_peft", "llama_ens_peft")
 HANDLERS: dict[str, Handler] = {
     f"accessory.model.LLM.{kind}.Transformer": either_case
     for kind, row in LLAMA_TYPES.items()
-    if row.text in READ and row.tower is not None
+    if row.tower is not None and (row.text in READ or len(row.encoders) > 1)
 }
-"""By the reference class that the case was computed with; types over Mixtral join when ``READ`` has their text type."""
+"""By the reference class that the case was computed with; Mixtral with one CLIP comes without pictures alone."""

@@ -95,7 +95,7 @@ def scores(model: build.Model) -> Tensor:
 @pytest.mark.parametrize("kind", ["llama", "llama_peft"])
 def test_a_converted_folder_says_what_its_checkpoint_says(tmp_path: Path, kind: str) -> None:
     state = state_of(kind)
-    config = convert_pictured(folder_of(tmp_path / "in", state, kind), tmp_path / "out", cache=tmp_path, pickles=True)
+    config = convert_pictured([folder_of(tmp_path / "in", state, kind)], tmp_path / "out", cache=tmp_path, pickles=True)
     assert config.template == "alpaca_clip"
     model = build.load(tmp_path / "out", cache=tmp_path)
     direct = assemble(read_published(state, ARGS, kind), presets.build("clip-l-projected"))
@@ -112,8 +112,8 @@ def test_a_converted_folder_says_what_its_checkpoint_says(tmp_path: Path, kind: 
 
 def test_the_activation_is_kept_and_matters(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in", state_of())
-    convert_pictured(source, tmp_path / "quick", cache=tmp_path, pickles=True)
-    convert_pictured(source, tmp_path / "plain", activation="gelu", cache=tmp_path, pickles=True)
+    convert_pictured([source], tmp_path / "quick", cache=tmp_path, pickles=True)
+    convert_pictured([source], tmp_path / "plain", activation="gelu", cache=tmp_path, pickles=True)
     quick, plain = (build.load(tmp_path / n, cache=tmp_path) for n in ("quick", "plain"))
     assert quick.config.tower is not None
     assert plain.config.tower is not None
@@ -147,19 +147,35 @@ def test_an_encoder_is_found_by_its_content(tmp_path: Path) -> None:
 def test_bad_folders_are_errors(tmp_path: Path) -> None:
     state = state_of()
     with pytest.raises(ValueError, match="a falcon only reads"):
-        read_pictured(folder_of(tmp_path / "falcon", state, "falcon"), pickles=True)
+        read_pictured([folder_of(tmp_path / "falcon", state, "falcon")], pickles=True)
     text = {k: v for k, v in state.items() if not k.startswith("clip")}
     with pytest.raises(ValueError, match="it is a language model alone"):
-        read_pictured(folder_of(tmp_path / "text", text), pickles=True)
+        read_pictured([folder_of(tmp_path / "text", text)], pickles=True)
     path = folder_of(tmp_path / "odd", state)
     shard = torch.load(path / "consolidated.01-of-02.model.pth")
     shard["model"]["llma.clip.visual.proj"] += 1
     torch.save(shard, path / "consolidated.01-of-02.model.pth")
     with pytest.raises(ValueError, match=r"clip\.visual\.proj \(differs between shards"):
-        read_pictured(path, pickles=True)
+        read_pictured([path], pickles=True)
     (path / "meta.json").write_text("{}")
     with pytest.raises(ValueError, match="names no llama_type"):
-        read_pictured(path, pickles=True)
+        read_pictured([path], pickles=True)
+
+
+def test_what_was_trained_lies_over_the_base(tmp_path: Path) -> None:
+    """A folder of trained parts (as the reference saves them) over the whole one, and a difference over both."""
+    state = state_of()
+    base = folder_of(tmp_path / "base", state)
+    part = folder_of(tmp_path / "part", {k: v + 1 for k, v in state.items() if k.startswith("clip_proj")})
+    more = folder_of(tmp_path / "more", {"norm.weight": torch.full((32,), 0.5)})
+    for path in list(more.glob("*.pth")):
+        path.rename(path.with_name(path.name.replace(".model.", ".model-diff.")))
+    read = read_pictured([base, part, more], pickles=True)
+    assert torch.equal(read.projector["visual_proj.0.weight"], state["clip_proj.weight"] + 1)
+    assert torch.equal(read.backbone["norm.weight"], state["norm.weight"] + 0.5)
+    assert torch.equal(read.backbone["output.weight"], state["output.weight"])
+    with pytest.raises(ValueError, match="holds a difference; the folder that it is added to comes first"):
+        read_pictured([more, base], pickles=True)
 
 
 def test_the_verb_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,9 @@ LLAMA_TYPES: dict[str, LlamaType] = {
         released=("alpacaLlava_llamaQformerv2Peft_13b",),
     ),
     "llama_ens": _sphinx("sphinx", 224, 291, released=("SPHINX",)),
-    "llama_ens_peft": _sphinx("sphinx", 224, 291, "llama_ens_peft", "llama2-7b", declared=289, defaults=(("bias_tuning", False),)),
+    "llama_ens_peft": _sphinx(
+        "sphinx", 224, 291, "llama_ens_peft", "llama2-7b", declared=289, defaults=(("bias_tuning", False),)
+    ),
     "llama_ens5": _sphinx("sphinx-1k", 448, 1455, released=("SPHINX-1k", "SPHINX-v2-1k")),
     "llama_ens5p2": _sphinx("sphinx-1k-pooled", 448, 687),
     "llama_ens10": _sphinx("sphinx-2k", 672, 2910),

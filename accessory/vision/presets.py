@@ -132,13 +132,17 @@ def find(config: str | Config, activation: Activation | None = None) -> Config:
     if activation is None:
         return config
     if isinstance(config, TowerConfig):
-        if config.kind != "open_clip" or "grid" in config.options:
-            raise ValueError(f"activation {activation!r} is for a CLIP transformer, the tower is {config.name!r}")
-        return replace(config, options={**config.options, "activation": activation})
+        return _activated(config, activation)
     if not any(m.name == "clip" for m in config.channel):
         raise ValueError(f"activation {activation!r} is for CLIP, which this mixture lacks")
-    changed = (replace(m, config=find(m.config, activation)) if m.name == "clip" else m for m in config.channel)
-    return replace(config, channel=tuple(changed))
+    members = [replace(m, config=_activated(m.config, activation)) if m.name == "clip" else m for m in config.channel]
+    return replace(config, channel=tuple(members))
+
+
+def _activated(config: TowerConfig, activation: Activation) -> TowerConfig:
+    if config.kind != "open_clip" or "grid" in config.options:
+        raise ValueError(f"activation {activation!r} is for a CLIP transformer, the tower is {config.name!r}")
+    return replace(config, options={**config.options, "activation": activation})
 
 
 def build(config: str | Config, activation: Activation | None = None) -> Tower:

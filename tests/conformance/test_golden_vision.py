@@ -81,7 +81,7 @@ def right_half_darker(x: Tensor) -> Tensor:
         ("02v_llama_adapter_visual", "weights", "visual_query", turned, "visual_query_out differs"),
         ("02v_llama_adapter_visual", "weights", "prefix_gate", turned, "train_logits differs"),
         ("02v_llama_adapter_visual", "io", "mid.actual_prefix", turned, "actual_prefix differs"),
-        ("04_llama_qformerv2_tinyblip2", "weights", "qformer.query_tokens", lambda x: x + 1, "qformer_last_hidden"),
+        ("04_llama_qformerv2_tinyblip2", "weights", "qformer.query_tokens", lambda x: x.flip(1), "qformer_last"),
         ("05_llama_ens_light", "weights", "start_img", turned, "llm_input differs"),
         ("05_llama_ens_peft", "io", "in.image_grid", right_half_darker, "enc_input.dinov2.mean differs"),
         ("05r_llama_ens_light_real", "weights", "dinov2_vitg14.pos_embed", lambda x: x.flip(1), "enc.dinov2_norm"),

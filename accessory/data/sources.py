@@ -36,7 +36,7 @@ class FileConfig:
     other sources, ``name`` a label for the ledger.
     """
 
-    kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions"]
+    kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions", "describe", "text"]
     path: str
     root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)

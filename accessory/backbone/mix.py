@@ -202,29 +202,19 @@ def _configs(a: Path, b: Path) -> list[str]:
 
 
 def difference(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tuned - base`` in fp32, to be added to another copy of the base; names that only ``tuned`` has stay whole.
-
-    Names may carry LLaMA2-Accessory's ``llma.``; those of ``tuned`` count.
+    """``tuned - base`` in fp32, to be laid over another copy of the base (``reference_folders.overlay``); names that
+    only ``tuned`` has stay whole.
 
     Raises:
-        ValueError: listing shapes that differ.
+        ValueError: for shapes that differ.
     """
-    plain = {k.removeprefix("llma."): v for k, v in base.items()}
-    return {k: _sum(k, v, plain.get(k.removeprefix("llma.")), -1) for k, v in tuned.items()}
-
-
-def added(base: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``base + delta`` in fp32; names that only one of them has stay as they are. Names and errors as above."""
-    plain = {k.removeprefix("llma."): v for k, v in delta.items()}
-    out = {k: _sum(k, v, plain.pop(k.removeprefix("llma."), None), 1) for k, v in base.items()}
-    mark = "llma." if base and all(k.startswith("llma.") for k in base) else ""
-    return out | {mark + k: v.float() for k, v in plain.items()}
-
-
-def _sum(name: str, a: Tensor, b: Tensor | None, sign: int) -> Tensor:
-    if b is not None and b.shape != a.shape:
-        raise ValueError(f"{name} has shape {tuple(a.shape)} here and {tuple(b.shape)} there: not of the same model")
-    return a.float() if b is None else a.float() + sign * b.float()
+    out = {}
+    for name, value in tuned.items():
+        other = base.get(name)
+        if other is not None and other.shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} and {tuple(other.shape)}: not of the same model")
+        out[name] = value.float() if other is None else value.float() - other.float()
+    return out
 
 
 def ends(recipe: Recipe, parents: int) -> list[tuple[int, Recipe]]:

@@ -16,9 +16,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
-    parser.add_argument("--to", dest="target", choices=("accessory", "hf"), default="accessory", help="layout of DST")
+    parser.add_argument("--overlay", type=Path, nargs="+", default=(), metavar="DIR", help="folders laid over SRC")
+    targets = ("accessory", "hf", "reference")
+    parser.add_argument("--to", dest="target", choices=targets, default="accessory", help="layout of DST")
+    parser.add_argument("--sparse", action="store_true", help="block-sparse experts (only --to reference)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
-    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
+    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (not --to hf)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
     parser.add_argument(
@@ -43,20 +46,23 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.gguf import load_gguf, single_file
     from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer, write_hf
     from accessory.backbone.meta import save_shards
+    from accessory.backbone.reference_folders import write_reference
     from accessory.backbone.store import cast
     from accessory.backbone.weights import detect, from_tensors, read_folder, save_accessory
     from accessory.models.gate import hold, measure
 
-    if args.tensor_parallel is not None and args.target != "accessory":
-        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
+    if args.tensor_parallel is not None and args.target == "hf":
+        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to hf")
+    if args.sparse and args.target != "reference":
+        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
-    if layout == "gguf":
+    if layout == "gguf" and not args.overlay:
         config, tensors = load_gguf(single_file(args.src), dtype or torch.bfloat16)
     else:
-        config, tensors = read_folder(args.src, layout=layout, pickles=True)
+        config, tensors = read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)
     before = None if args.skip_gate else measure(from_tensors(config, tensors))
     tensors = cast(tensors, dtype)
     tokenizer = args.tokenizer
@@ -67,12 +73,24 @@ def main(args: argparse.Namespace) -> int:
     limit = int(args.max_shard_gb * 1e9)
     if args.target == "hf":
         write_hf(config, tensors, args.dst, tokenizer, limit)
+    elif args.target == "reference":
+        write_reference(config, tensors, args.dst, args.tensor_parallel or 1, args.sparse)
     elif args.tensor_parallel is not None:
         save_shards(config, tensors, args.dst, args.tensor_parallel)
     else:
         save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
-    moved = None if before is None else hold(before, args.dst, "converting to", tolerance=args.tolerance)
-    if args.target == "accessory" and tokenizer is not None:
+    moved = (
+        None
+        if before is None
+        else hold(
+            before,
+            args.dst,
+            "converting to",
+            tolerance=args.tolerance,
+            opened=lambda folder: from_tensors(*read_folder(folder, pickles=True)),
+        )
+    )
+    if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)

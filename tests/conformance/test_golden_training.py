@@ -20,6 +20,7 @@ CASES = (
     "09_lr_schedule",
     "09_param_groups",
     "09_train_llama",
+    "09_train_mixtral",
     "09_train_peft",
     "09_weight_operate",
 )

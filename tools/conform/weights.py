@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accessory.backbone.hf import to_hf
-from accessory.backbone.meta import from_meta_params, merge, split
-from accessory.backbone.mix import added, difference
+from accessory.backbone.meta import from_meta_params
+from accessory.backbone.mix import difference
+from accessory.backbone.reference_folders import overlay
 from accessory.backbone.sizes import to_hf_config
 from accessory.backbone.weights import from_tensors
+from accessory.parallel.axes import merge_shards, split_shards
 from tools.conform.comparison import Comparison, Handler
 
 FACTOR = "rope_scaling is written as Hugging Face reads it (the reference writes its inverse)"
@@ -23,7 +25,7 @@ TABLE = "rotary tables are computed and never stored (the reference carries rope
 def converted(folder: Path, config: dict[str, Any], c: Comparison) -> None:
     """Two shards joined and renamed, a difference added, and the logits of the result."""
     whole, io = load_file(folder / "weights.safetensors"), load_file(folder / "io.safetensors")
-    joined = merge(split(whole, 2))
+    joined = merge_shards(split_shards(whole, 2))
     llama = from_meta_params(config["args"], whole["tok_embeddings.weight"].shape[0])
     model = from_tensors(llama, joined)
     with torch.no_grad():
@@ -31,7 +33,8 @@ def converted(folder: Path, config: dict[str, Any], c: Comparison) -> None:
         c.tensor("reference_logits", model.logits(h), io.pop("out.reference_logits"))
     renamed(to_hf(llama, joined), "out.base.", io, c)
     delta = {n.removeprefix("in.diff."): io.pop(n) for n in list(io) if n.startswith("in.diff.")}
-    renamed(to_hf(llama, added(joined, delta)), "out.base_plus_diff.", io, c, whole=False)
+    plain = {n.removeprefix("llma."): v for n, v in delta.items()}
+    renamed(to_hf(llama, overlay(joined, plain, difference=True)), "out.base_plus_diff.", io, c, whole=False)
     if io:
         c.problems.append(f"nothing computes {', '.join(sorted(io))}")
     stated = json.loads((folder / "convert.json").read_text())["config_json_with_rope_scaling_0.5"]
@@ -79,7 +82,8 @@ def operated(folder: Path, config: dict[str, Any], c: Comparison) -> None:
         delta = difference(parts["in.finetuned"], base)
         compare("delta", delta, parts["out.delta"], c)
         kept = parts["out.applied"].pop("llma.rope.freqs", None)
-        compare("applied", added(base, {n: v.half() for n, v in delta.items()}), parts["out.applied"], c)
+        stored = {n: v.half() for n, v in delta.items()}
+        compare("applied", overlay(base, stored, difference=True), parts["out.applied"], c)
         c.deviates("rotary table", kept is None, False, TABLE)
     if io:
         c.problems.append(f"nothing computes {', '.join(sorted(io))}")

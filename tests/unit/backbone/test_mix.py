@@ -15,7 +15,8 @@ from torch import Tensor
 
 from accessory.backbone import mix as mixing
 from accessory.backbone import store
-from accessory.backbone.mix import Recipe, added, difference, ends, mix, part_of
+from accessory.backbone.mix import Recipe, difference, ends, mix, part_of
+from accessory.backbone.reference_folders import overlay
 from accessory.backbone.stream import Weights, read_header
 from accessory.backbone.weights import load_backbone, save_accessory
 from tests.tiny import tiny_model_dir
@@ -219,17 +220,17 @@ def test_nothing_is_overwritten(parents: list[Path]) -> None:
         mix(parents[:2], parents[2], Recipe("linear", (0.5, 0.5)))
 
 
-def test_differences_add() -> None:
-    base = {"llma.a": torch.randn(3).half(), "llma.b": torch.randn(2)}
+def test_a_difference_laid_over_the_base_is_the_tuned_model() -> None:
+    base = {"a": torch.randn(3).half(), "b": torch.randn(2)}
     tuned = {"a": torch.randn(3), "new": torch.randn(4)}
     delta = difference(tuned, base)
     assert delta.keys() == tuned.keys()
-    whole = added(base, delta)
-    assert whole.keys() == {"llma.a", "llma.b", "llma.new"}
-    assert torch.allclose(whole["llma.a"], tuned["a"], atol=1e-6)
-    assert torch.equal(whole["llma.b"], base["llma.b"])
+    whole = overlay(base, delta, difference=True)
+    assert whole.keys() == {"a", "b", "new"}
+    assert torch.allclose(whole["a"].float(), tuned["a"], atol=1e-3)
+    assert torch.equal(whole["b"], base["b"])
     with pytest.raises(ValueError, match="not of the same model"):
-        added({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
+        difference({"a": torch.zeros(2)}, {"a": torch.zeros(3)})
 
 
 def peak(folders: list[Path], out: Path, method: str, weights: str) -> int:

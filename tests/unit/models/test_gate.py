@@ -133,7 +133,12 @@ def test_conversions_state_what_moved(options: list[str], tmp_path: Path, capsys
     ("options", "module", "name", "broken"),
     [
         (["--to", "hf"], hf, "halve", lambda x, width: x),
-        (["--tensor-parallel", "2"], meta, "split", lambda tensors, n: [dict(s) for s in reversed(_SPLIT(tensors, n))]),
+        (
+            ["--tensor-parallel", "2"],
+            meta,
+            "split_shards",
+            lambda tensors, n: [dict(s) for s in reversed(_SPLIT(tensors, n))],
+        ),
     ],
 )
 def test_a_broken_conversion_is_caught(
@@ -155,4 +160,4 @@ def test_a_broken_conversion_is_caught(
     assert (tmp_path / "out").exists()
 
 
-_SPLIT = meta.split
+_SPLIT = meta.split_shards

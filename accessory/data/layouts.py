@@ -25,6 +25,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "captions": {"image": "image", "caption": "caption"},
     "describe": {"image": "image", "caption": "caption", "prompt": "prompt"},
     "text": {"text": "text"},
+    "packed": {"ids": "ids"},
 }  # fmt: skip
 """Our column names by kind, with the names that files usually have."""
 
@@ -186,6 +187,14 @@ class Layout:
         if not path.is_file():
             raise ValueError(f"no picture at {path} (the folder that pictures count from is root: {self._root})")
         return Picture(str(path))
+
+
+def packed_ids(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[int]:
+    """The ids of a packed row; ValueError where there are none, or something else."""
+    ids = row.get({**COLUMNS["packed"], **columns}["ids"])
+    if not isinstance(ids, list) or len(ids) < 2 or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"a packed row needs a list of at least two ids, got {ids!r:.80}")
+    return ids
 
 
 def _data_url(url: str) -> bytes:

@@ -22,6 +22,7 @@ CASES = (
     "07d_alpaca_dataset",
     "07d_conversation_dataset",
     "07d_image_transforms",
+    "07d_pretrain_data",
 )
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
 
@@ -82,6 +83,8 @@ SPOILT: list[tuple[str, Callable[[Path], None], str]] = [
     ("07d_conversation_dataset", edit("templates.json", lambda v: v["bair_v1"].update(prompt="x")), "bair_v1 prompt"),
     ("07d_image_transforms", bump("out.resized_center_crop.size14.image1"), "resized_center_crop differs"),
     ("07d_image_transforms", bump("out.padded_resize.size24.image0"), "padded_resize differs"),
+    ("07d_pretrain_data", edit("pretrain.json", lambda v: v["packed"]["files"]["f1.pkl"].pop()), "packed is"),
+    ("07d_pretrain_data", edit("pretrain.json", lambda v: v["val"][0].reverse()), "document is"),
     ("07_meta_text", bump("out.compute_logits.text1"), "compute_logits differs"),
     ("07_meta_text", bump("out.loss.c_loss"), "c_loss differs"),
     ("07_meta_text", edit("behaviour.json", lambda v: v["generate"][1].update(responses=["x"])), "answer is"),

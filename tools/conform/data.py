@@ -15,7 +15,9 @@ from accessory.data import template
 from accessory.data.encode import Encoder
 from accessory.data.image import pad_to_square
 from accessory.data.layouts import Layout
+from accessory.data.loader import Loader
 from accessory.data.mixture import Mixture
+from accessory.data.packing import pack
 from accessory.data.rows import RowRejected
 from accessory.data.template import EOS, Control, Template, render
 from accessory.data.tiling import TilingConfig, cut
@@ -296,7 +298,70 @@ def transforms(folder: Path, config: dict[str, Any], c: Comparison) -> None:
         c.tensor(kind, Clip(tiling.size).normalise(tiles)[0], expected)
 
 
+CUT = "a document that is too long is packed or refused by name (the reference loses what is behind max_words)"
+DEALT = (
+    "every rank draws from every file, the remainder too (the reference drops files that do not divide by its ranks)"
+)
+RESUME = (
+    "a resumed run gets the very batches that followed, with any number of workers (the reference: the same number)"
+)
+NOTHING = "an empty document is refused by name (the reference learns that nothing follows nothing)"
+
+
+def pretraining(folder: Path, config: dict[str, Any], c: Comparison) -> None:
+    """Documents as rows, and packed into rows of one length."""
+    found = json.loads((folder / "pretrain.json").read_text())
+    encode = Encoder(load(folder / "tokenizer.model"), template.get("plain"), TilingConfig(1), 1, config["max_words"])
+    texts = [text for name in found["meta"] for text in found["files"][name]]
+    alone = next(u for u in found["unpacked"] if u["num_processes"] == 1)
+    theirs = [item["input"] for item in alone["items"]] + found["val"]
+    samples = []
+    for text, expected in zip(texts, theirs, strict=True):
+        turns = (Turn("assistant", (text,)),)
+        row = encode.row(turns)
+        samples.append(Sample(turns))
+        n = min(len(row.ids), config["max_words"])
+        c.equal("document", row.ids[:n].tolist() + [0] * (config["max_words"] - n), expected)
+        if not text:
+            c.deviates("empty document", "nothing to learn" in refused(encode, turns), True, NOTHING)
+            continue
+        c.equal("document labels", row.labels[1:].tolist(), row.ids[1:].tolist())
+        if len(row.ids) > n:
+            c.deviates("long document", "the limit is" in refused(encode, turns), True, CUT)
+    dealt(samples, found, encode, c)
+    rows = []
+    for name, expected in found["packed"]["files"].items():
+        documents = (encode.tokenizer.encode(t, eos=True) for t in found["files"][name.replace(".pkl", ".parquet")])
+        length = found["packed"]["max_len"]
+        ours = list(pack(documents, length))
+        c.equal("packed", [row + [0] * (length - len(row)) for row in ours], expected)
+        rows += ours if name.replace(".pkl", ".parquet") != found["meta"][-1] else []
+    for row, item in zip(rows, found["packed"]["dataset_rank0_of_1"], strict=True):
+        made = encode.packed(row)
+        c.equal("packed row", (made.ids.tolist(), made.labels.tolist()), (item["input"][: len(row)],) * 2)
+
+
+def dealt(samples: list[Sample], found: dict[str, Any], encode: Encoder, c: Comparison) -> None:
+    """Which documents a rank gets, and what a resumed run goes on with."""
+    fitting = [s for s in samples if not refused(encode, s.turns)]
+    ranks = [u for u in found["unpacked"] if u["num_processes"] == 2]
+    lost = sum(len(u["items"]) for u in ranks) < len(samples) - len(found["val"])
+    mixture = Mixture([Rows(fitting)], seed=0)
+    drawn = {mixture.draw(k).row for k in range(len(fitting))}
+    c.deviates("dealing", (drawn == set(range(len(fitting))), lost), (True, True), DEALT)
+    first = Loader(mixture, encode, 1)
+    batches = iter(first)
+    _ = [next(batches) for _ in range(3)]
+    second = Loader(mixture, encode, 1)
+    second.load_state_dict(first.state_dict())
+    again = iter(second)
+    same = all(next(batches).ids.tolist() == next(again).ids.tolist() for _ in range(5))
+    c.deviates("resume", same, True, RESUME)
+
+
 HANDLERS: dict[str, Handler] = {
+    "accessory.data.falcon.Falcon / FalconVal, accessory.data.falcon_packed.Falcon, "
+    "accessory.tools.generate_packed_data.pack_tokens": pretraining,
     "accessory.data.alpaca.FinetuneDataset (and FinetuneDistSampler, format_prompt, MetaPreprocessor)": single_turns,
     "accessory.data.conversation.FinetuneDialogDataset": dialogues,
     "accessory.data.transform.get_transform": transforms,

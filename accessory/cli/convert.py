@@ -31,14 +31,22 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         choices=("gelu", "quick_gelu"),
         help="only --to model: what CLIP runs with (default: what the published code runs the released files with)",
     )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest move of a logit, relative to the largest (default: by type)",
+    )
+    parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert, and print what was written.
+    """Convert, compare the logits of fixed prompts before and after, and print what was written.
 
     Raises:
         ValueError: for options that exclude each other and everything that reading or writing refuses.
+        GateError: when what was written is not the same model; it is removed then.
     """
     import torch
 
@@ -47,7 +55,8 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.meta import save_shards
     from accessory.backbone.reference_folders import write_reference
     from accessory.backbone.store import cast
-    from accessory.backbone.weights import detect, read_folder, save_accessory
+    from accessory.backbone.weights import detect, from_tensors, read_folder, save_accessory
+    from accessory.models.gate import hold, measure
 
     if args.tensor_parallel is not None and args.target == "hf":
         raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to hf")
@@ -65,7 +74,8 @@ def main(args: argparse.Namespace) -> int:
         config, tensors = load_gguf(single_file(args.src), dtype or torch.bfloat16)
     else:
         config, tensors = read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)
-        tensors = cast(tensors, dtype)
+    before = None if args.skip_gate else measure(from_tensors(config, tensors))
+    tensors = cast(tensors, dtype)
     tokenizer = args.tokenizer
     if tokenizer is None and args.src.is_dir() and has_tokenizer(args.src):
         tokenizer = args.src
@@ -80,12 +90,25 @@ def main(args: argparse.Namespace) -> int:
         save_shards(config, tensors, args.dst, args.tensor_parallel)
     else:
         save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
+    moved = (
+        None
+        if before is None
+        else hold(
+            before,
+            args.dst,
+            "converting to",
+            tolerance=args.tolerance,
+            opened=lambda folder: from_tensors(*read_folder(folder, pickles=True)),
+        )
+    )
     if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
     count = sum(t.numel() for t in tensors.values())
     print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
+    said = "not compared (--skip-gate)" if moved is None else f"moved by {moved:.2g} of their largest"
+    print(f"logits of the fixed prompts: {said}")
     if tokenizer is not None:
         print(f"tokenizer: that of {tokenizer}")
     elif layout == "gguf":

@@ -13,7 +13,7 @@ from accessory.data.targets import target
 from accessory.data.template import BOS, Control, Segment, Template, render
 from accessory.data.tiling import TilingConfig, cut
 from accessory.data.tokenizer import Tokenizer
-from accessory.schema import Encoded, Picture, Sample, Target, Turn
+from accessory.schema import IDS, Encoded, Picture, Sample, Target, Turn
 from accessory.tokens import DREAM, DREAM_END, DREAM_START, IGNORE, IMAGE, IMAGE_END, IMAGE_START, SKIP
 
 
@@ -84,13 +84,20 @@ class Encoder:
             raise RowRejected(str(error), sample.source, sample.index) from error
 
     def _encode(self, sample: Sample, generate: bool) -> Encoded:
-        row = self.row(sample.turns, generate=generate)
+        row = self.packed(sample.meta[IDS]) if IDS in sample.meta else self.row(sample.turns, generate=generate)
         if len(row.ids) > self.max_length:
             n, pictures = len(row.ids), int((row.ids < 0).sum())
             raise ValueError(f"{n} positions ({pictures} of them pictures), the limit is {self.max_length}")
         if not generate and not bool((row.labels != IGNORE).any()):
             raise ValueError("nothing to learn: the assistant says nothing")
         return replace(row, source=sample.source, index=sample.index)
+
+    def packed(self, ids: list[int]) -> Encoded:
+        """A row of ids as they are, all of them learned. Raises ValueError for ids that the vocabulary lacks."""
+        if max(ids) >= self.tokenizer.vocab_size:
+            raise ValueError(f"id {max(ids)} is not in this vocabulary of {self.tokenizer.vocab_size}")
+        made = torch.tensor(ids, dtype=torch.long)
+        return Encoded(made, made.clone(), torch.zeros(0, 3, self.tiling.size, self.tiling.size))
 
     def row(self, turns: Sequence[Turn], *, generate: bool = False) -> Encoded:
         """Ids, labels and tiles of turns, whatever their length."""

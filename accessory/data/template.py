@@ -85,6 +85,53 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request."
 )
 
+_LLAVA = (
+    "You are LLaVA, a large language and vision assistant trained by UW Madison WAIV Lab."
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "Follow the instructions carefully and explain your answers in detail."
+)
+_SPHINX = Template(
+    name="sphinx",
+    begin=(BOS,),
+    system=_HUMAN,
+    system_suffix=("\n\n###",),
+    user_prefix=(" Human: ",),
+    user_suffix=("\n###",),
+    assistant_prefix=(" Assistant:",),
+    lead=" ",
+    end=("\n###",),
+    close=(EOS,),
+    stop=("\n###", EOS),
+    pictures_first=True,
+)
+_VICUNA = Template(
+    name="vicuna_v1_1",
+    begin=(BOS,),
+    system=_HUMAN.replace("human", "user"),
+    system_suffix=(" ",),
+    user_prefix=(" USER: ",),
+    user_suffix=(" ",),
+    assistant_prefix=(" ASSISTANT:",),
+    lead=" ",
+    end=(EOS,),
+    stop=(EOS,),
+)
+_STANFORD = Template(
+    name="alpaca",
+    begin=(BOS,),
+    system=_ALPACA,
+    user_prefix=("\n\n### Instruction:\n",),
+    user_suffix=("\n\n",),
+    assistant_prefix=("### Response:",),
+    end=(EOS,),
+    stop=(EOS,),
+    pictures_first=True,
+    input_system=_ALPACA_INPUT,
+    input_prefix="\n\n### Input:\n",
+)
+_SHORT = _ALPACA.replace("the request.", "the request using a single word or phrase.")
+
 _CHATML = Template(
     name="chatml",
     system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
@@ -99,52 +146,28 @@ _CHATML = Template(
     strip=False,
 )
 
-_ALPACA_TURN = Template(
-    name="alpaca",
-    begin=(BOS,),
-    system=_ALPACA,
-    user_prefix=("\n\n### Instruction:\n",),
-    user_suffix=("\n\n",),
-    assistant_prefix=("### Response:",),
-    end=(EOS,),
-    stop=(EOS,),
-    pictures_first=True,
-    input_system=_ALPACA_INPUT,
-    input_prefix="\n\n### Input:\n",
-)
 _PLAIN = Template(name="plain", begin=(BOS,), end=(EOS,), stop=(EOS,), pictures_first=True)
 
 TEMPLATES: dict[str, Template] = {
     t.name: t
     for t in (
+        _SPHINX,
+        replace(_SPHINX, name="multimodal", system=_LLAVA),
+        _VICUNA,
+        replace(_VICUNA, name="llava_v1", system=_LLAVA),
+        replace(_VICUNA, name="bair_v1", system="BEGINNING OF CONVERSATION:", assistant_prefix=(" GPT:",)),
+        _STANFORD,
+        replace(_STANFORD, name="alpaca_clip", pictures_before_begin=True),
+        replace(_STANFORD, name="alpaca_short", system=_SHORT, input_system=None, input_prefix=None),
         Template(
-            name="sphinx",
+            name="question",
             begin=(BOS,),
-            system=_HUMAN,
-            system_suffix=("\n\n###",),
-            user_prefix=(" Human: ",),
-            user_suffix=("\n###",),
-            assistant_prefix=(" Assistant:",),
-            lead=" ",
-            end=("\n###",),
-            close=(EOS,),
-            stop=("\n###", EOS),
-            pictures_first=True,
-        ),
-        Template(
-            name="vicuna_v1_1",
-            begin=(BOS,),
-            system=_HUMAN.replace("human", "user"),
-            system_suffix=(" ",),
-            user_prefix=(" USER: ",),
-            user_suffix=(" ",),
-            assistant_prefix=(" ASSISTANT:",),
-            lead=" ",
+            user_prefix=("Generate a question whose answer is:\n",),
+            user_suffix=("\n\nQuestion:\n",),
             end=(EOS,),
             stop=(EOS,),
+            pictures_first=True,
         ),
-        _ALPACA_TURN,
-        replace(_ALPACA_TURN, name="alpaca_clip", pictures_before_begin=True),
         Template(
             name="llama2",
             system_prefix=("<<SYS>>\n",),

@@ -257,9 +257,9 @@ class Trainer:
         return time.monotonic() - begin, batches
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        # On the CPU the model carries its own dtypes: autocast there would convert frozen weights at every step.
-        if self.config.precision == "bf16" and self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+        on = self.device.type == "cuda" or self.config.cpu_autocast
+        if self.config.precision == "bf16" and on:
+            return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def _next(self) -> Batch:

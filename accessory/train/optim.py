@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from accessory.train.config import TrainConfig
 
 # Parts of a dotted name that mark a parameter as a vector or a gate in spirit, whatever its shape.
-_NO_DECAY = {"bias", "scale", "gate", "gates", "prefix", "skip", "queries"}
+_NO_DECAY = {"bias", "scale", "gates", "prefix", "skip", "queries"}
 _NO_DECAY |= {"start", "end", "start_img", "end_img", "image_start", "image_end"}
 
 
@@ -22,7 +23,20 @@ def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: never to 1-D parameters, biases, norms, gates, prefixes and learned vectors."""
     parts = name.split(".")
     norm = any(p.startswith("norm") or p.endswith("norm") for p in parts)
-    return parameter.ndim > 1 and not norm and _NO_DECAY.isdisjoint(parts)
+    gate = parts[-1].endswith("gate")  # a gate, not the matrix of a router that is called so
+    return parameter.ndim > 1 and not norm and not gate and _NO_DECAY.isdisjoint(parts)
+
+
+def warm_cosine(at: float, lr: float, low: float, warmup: float, end: float) -> float:
+    """Learning rate at place ``at``: straight from 0 to ``lr`` at ``warmup``, half a cosine to ``low`` at ``end``, then
+    ``low``. The three places have one unit, whatever it is (updates, epochs, seconds)."""
+    if at < warmup:
+        return lr * at / warmup
+    return _cosine(lr, low, (at - warmup) / (end - warmup) if end > warmup else float(at > end))
+
+
+def _cosine(lr: float, low: float, done: float) -> float:
+    return low + (lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def learning_rate(config: TrainConfig, step: int, elapsed: float) -> float:
@@ -33,18 +47,26 @@ def learning_rate(config: TrainConfig, step: int, elapsed: float) -> float:
     """
     c = config
     if step < c.warmup_steps:
-        return c.lr * (step + 1) / c.warmup_steps
+        return warm_cosine(step + 1, c.lr, c.min_lr, c.warmup_steps, c.max_steps)
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     if c.schedule_by == "time" and c.max_seconds is not None:
         done = max(done, elapsed / c.max_seconds)
-    return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return _cosine(c.lr, c.min_lr, done)
+
+
+def hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon is for a parameter: a matrix inside a numbered block, between features and features."""
+    return parameter.ndim == 2 and _IN_BLOCK.search(name) is not None
+
+
+_IN_BLOCK = re.compile(r"(^|\.)(layers|blocks)\.\d+\.")
 
 
 class Optimizer:
-    """AdamW over the trainable parameters of a model, by name.
+    """AdamW over the trainable parameters of a model, by name; with ``optimizer: muon``, Muon for hidden matrices.
 
     A trainable parameter that is not fp32 gets an fp32 master, which collects the gradients of a window and is what
-    AdamW updates; the parameter itself is its rounded copy. fp32 parameters are their own masters.
+    is updated; the parameter itself is its rounded copy. fp32 parameters are their own masters.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -58,16 +80,23 @@ class Optimizer:
         }
         self.unseen = set(self.parameters)  # names that never received a gradient
         self.groups = _groups(self.parameters, config)
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [self.masters[n] for n in names], "lr_scale": scale, "weight_decay": decay}
-                for (_, scale, decay), names in self.groups.items()
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        muon: list[dict[str, Any]] = []
+        adamw: list[dict[str, Any]] = []
+        for (_, scale, decay), names in self.groups.items():
+            hidden = [n for n in names if config.optimizer == "muon" and hidden_matrix(n, self.parameters[n])]
+            others = [n for n in names if n not in set(hidden)]
+            for target, chosen in ((muon, hidden), (adamw, others)):
+                if chosen:
+                    params = [self.masters[n] for n in chosen]
+                    target.append({"params": params, "lr_scale": scale, "weight_decay": decay})
+        self.steppers: list[torch.optim.Optimizer] = []
+        if adamw:
+            self.steppers.append(torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        if muon:
+            # Updates are scaled to the size of AdamW's, so that one learning rate serves both.
+            self.steppers.append(torch.optim.Muon(muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+        elif config.optimizer == "muon":
+            raise ValueError("train.optimizer is muon, but no trained parameter is a matrix inside a block; use adamw")
 
     def collect(self) -> None:
         """After each backward pass: add gradients of low-precision parameters to their masters."""
@@ -89,14 +118,17 @@ class Optimizer:
             out.append(master.grad)
         return out
 
-    def clip(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scale the gradients down to ``clip_norm``. Returns the norm before, of all and of each group by its name."""
+    def clip(self, order: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scale the gradients down to ``clip_norm``. Returns the norm before, of all and of each group by its name.
+
+        ``order``: of the norm; infinity is the largest entry.
+        """
         norms: dict[str, list[Tensor]] = {}
         for (label, _, _), names in self.groups.items():
             grads = [g for g in (self.masters[n].grad for n in names) if g is not None]
-            norms.setdefault(label, []).extend(torch._foreach_norm(grads))
-        per_group = {label: torch.linalg.vector_norm(torch.stack(parts)) for label, parts in norms.items()}
-        total = torch.linalg.vector_norm(torch.stack(list(per_group.values())))
+            norms.setdefault(label, []).extend(torch._foreach_norm(grads, order))
+        per_group = {label: torch.linalg.vector_norm(torch.stack(parts), order) for label, parts in norms.items()}
+        total = torch.linalg.vector_norm(torch.stack(list(per_group.values())), order)
         limit = self.config.clip_norm
         if limit is not None:
             factor = (limit / (total + 1e-6)).clamp(max=1.0)
@@ -105,10 +137,11 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """One update at learning rate ``lr``, then publish the masters and drop the gradients."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for stepper in self.steppers:
+            for group in stepper.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
         self.publish()
 
     @torch.no_grad()
@@ -119,12 +152,17 @@ class Optimizer:
                 parameter.copy_(self.masters[name])
 
     def state(self) -> dict[str, Tensor]:
-        """AdamW's moments as flat tensors named ``<moment>/<parameter>``."""
+        """Moments as flat tensors named ``<moment>/<parameter>``."""
+        owner = self._owner()
         out: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            for key, value in self.adamw.state[master].items():
+            for key, value in owner[name].state[master].items():
                 out[f"{key}/{name}"] = value
         return out
+
+    def _owner(self) -> dict[str, torch.optim.Optimizer]:
+        by_id = {id(p): s for s in self.steppers for group in s.param_groups for p in group["params"]}
+        return {name: by_id[id(master)] for name, master in self.masters.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave.
@@ -137,11 +175,12 @@ class Optimizer:
             moment, _, name = key.partition("/")
             moments.setdefault(name, {})[moment] = value
         check_names(moments, self.masters, "the optimizer state")
+        owner = self._owner()
         for name, master in self.masters.items():
             for moment, value in moments[name].items():
                 if moment != "step" and value.shape != master.shape:
                     raise ValueError(f"{moment} of {name} has shape {list(value.shape)}, not {list(master.shape)}")
-            self.adamw.state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
+            owner[name].state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:

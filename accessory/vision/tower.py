@@ -111,8 +111,9 @@ class Tower(nn.Module, ABC):
         return (self(pixels).sequence(),)
 
     def train(self, mode: bool = True) -> Self:
-        """Like nn.Module.train, but batch norm stays in eval: its statistics never move, its affine part may learn."""
-        super().train(mode)
+        """Like nn.Module.train, but a frozen encoder stays in eval (the Q-Former has dropout), and so does batch norm:
+        its statistics never move, its affine part may learn."""
+        super().train(mode and any(p.requires_grad for p in self.parameters()))
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()

@@ -17,7 +17,7 @@ from accessory.models.reference import assemble, read_published
 from accessory.schema import Batch
 from accessory.tokens import IGNORE
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
-from tools.conform.comparison import Comparison, Handler, UnsupportedError
+from tools.conform.comparison import Comparison, UnsupportedError
 from tools.conform.standins import IO, make_tower, to_pixels
 
 LENGTH = "no answer is longer than asked for (in the reference's batches shorter prompts get more)"
@@ -152,14 +152,3 @@ def streams(talk: Talk, case: dict[str, Any], c: Comparison) -> None:
         c.deviates("stream with a stop", shown[-1], theirs[-1].rstrip(" "), HELD)
     else:
         c.equal("stream", shown, theirs)
-
-
-def meta_case(folder: Path, config: dict[str, Any], c: Comparison) -> None:
-    """The wrapper, with pictures."""
-    if not config.get("with_visual"):
-        raise UnsupportedError("the wrapper on text alone")
-    meta_visual(folder, config, c)
-
-
-HANDLERS: dict[str, Handler] = {"accessory.model.meta.MetaModel": meta_case}
-"""By the reference class that the case was computed with."""

@@ -1,10 +1,20 @@
-"""``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles."""
+"""``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles.
+
+A model or generator folder of ours (``runs/NAME/final``) becomes one to hand on: ``--dtype`` makes it smaller,
+``--base`` names the base as others have it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TARGET_HELP = "layout of DST; model: a model folder, from one of LLaMA2-Accessory that sees"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -13,7 +23,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb."""
     parser = sub.add_parser("convert", help="convert weights between layouts")
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, or a .gguf file")
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, a .gguf file, or a trained folder")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
@@ -38,6 +48,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="largest move of a logit, relative to the largest (default: by type)",
     )
     parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
+    parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
     parser.set_defaults(main=main)
 
 
@@ -58,16 +69,11 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.weights import detect, from_tensors, read_folder, save_accessory
     from accessory.models.gate import hold, measure
 
-    if args.tensor_parallel is not None and args.target == "hf":
-        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to hf")
-    if args.sparse and args.target != "reference":
-        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
-    if args.max_shard_gb <= 0:
-        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    if (args.src / "config.yaml").is_file():
+        return _trained(args)
+    _refuse(args)
     if args.target == "model":
         return _pictured(args)
-    if args.llama_type or args.clip_activation:
-        raise ValueError("--llama-type and --clip-activation need --to model")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
     if layout == "gguf" and not args.overlay:
@@ -105,6 +111,14 @@ def main(args: argparse.Namespace) -> int:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
+    _say(args, layout, tensors, moved, tokenizer)
+    return 0
+
+
+def _say(
+    args: argparse.Namespace, layout: str, tensors: Mapping[str, Tensor], moved: float | None, tokenizer: Path | None
+) -> None:
+    """What was written."""
     count = sum(t.numel() for t in tensors.values())
     print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
     said = "not compared (--skip-gate)" if moved is None else f"moved by {moved:.2g} of their largest"
@@ -115,7 +129,22 @@ def main(args: argparse.Namespace) -> int:
         print("tokenizer: none written, the one inside a GGUF file is not converted; --tokenizer DIR takes one along")
     else:
         print("tokenizer: none written, there is none in SRC; --tokenizer DIR takes one along")
-    return 0
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """ValueError for options that exclude each other, of folders that are not of trained tensors."""
+    if args.base is not None:
+        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
+    if args.tensor_parallel is not None and args.target not in ("accessory", "reference"):
+        raise ValueError(
+            f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to {args.target}"
+        )
+    if args.sparse and args.target != "reference":
+        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    if (args.llama_type or args.clip_activation) and args.target != "model":
+        raise ValueError("--llama-type and --clip-activation need --to model")
 
 
 def _pictured(args: argparse.Namespace) -> int:
@@ -130,4 +159,20 @@ def _pictured(args: argparse.Namespace) -> int:
     print(f"{args.dst}: model folder with the tower {config.tower.preset}, template {config.template}")
     for name, digest in config.tower.encoders.items():
         print(f"encoder {name}: {digest}")
+    return 0
+
+
+def _trained(args: argparse.Namespace) -> int:
+    import torch
+
+    from accessory.models.export import export
+
+    if other := [f"--{n}" for n, v in (("to hf", args.target == "hf"), ("tensor-parallel", args.tensor_parallel)) if v]:
+        raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
+    made = export(args.src, args.dst, getattr(torch, args.dtype) if args.dtype else None, args.base)
+    count, size = (sum(f(t) for t in made.tensors.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
+    kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in made.tensors.values()}))
+    print(f"{args.dst}: {made.kind}, {len(made.tensors)} tensors, {count:,} numbers in {size / 1e6:.1f} MB ({kinds})")
+    for name in made.outside:
+        print(f"it names {name}, which is not among the shipped models and has to go with it", file=sys.stderr)
     return 0

@@ -83,7 +83,7 @@ def convert_pictured(
     plain = set(expected_shapes(published.llama))
     base = {k: v for k, v in published.backbone.items() if k in plain}
     encoders = {name: keep_encoder(state, cache) for name, state in published.encoders.items()}
-    config = model_config(published, Path(out).resolve() / "backbone", encoders, activation, template)
+    config = model_config(published, f"{Path(out).resolve().name}/backbone", encoders, activation, template)
     with store.atomic_folder(out) as private:
         save_accessory(published.llama, base, private / "backbone")
         words = [Path(f) for f in folders if has_tokenizer(Path(f))]
@@ -110,12 +110,13 @@ def trained(published: Published) -> dict[str, Tensor]:
 
 def model_config(
     published: Published,
-    backbone: Path,
+    backbone: str,
     encoders: Mapping[str, str],
     activation: Activation | None = None,
     template: str | None = None,
 ) -> ModelConfig:
-    """The configuration of a converted checkpoint whose language model lies in ``backbone``."""
+    """The configuration of a converted checkpoint; ``backbone``: where its language model lies, as ``build.find``
+    finds it."""
     row = published.type
     whole = published.backbone["tok_embeddings.weight"].dtype
     tuning: tuple[TuningSpec, ...] = published.specs
@@ -128,7 +129,7 @@ def model_config(
         resampler = ResamplerConfig(made.prefix_len, made.clip_proj.out_features, len(made.visual_blocks), made.heads)
         tuning = (*tuning, TrainSpec(("resampler.*",)))
     return ModelConfig(
-        backbone=BackboneConfig(str(backbone), dtype="fp32" if whole == torch.float32 else "bf16"),
+        backbone=BackboneConfig(backbone, dtype="fp32" if whole == torch.float32 else "bf16"),
         tower=TowerSource(str(row.tower), None, activation, dict(encoders)),
         projector=projector,
         resampler=resampler,

@@ -14,16 +14,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.conform import dit, dream, families, sampling, text, transport
+from tools.conform import (
+    data,
+    dit,
+    dream,
+    families,
+    meta,
+    sampling,
+    text,
+    tokenizers,
+    training,
+    transport,
+    vision,
+    weights,
+)
 from tools.conform.comparison import Comparison, Handler, UnsupportedError
 
 HANDLERS: dict[str, Handler] = {
+    **data.HANDLERS,
     **dit.HANDLERS,
     **dream.HANDLERS,
     **families.HANDLERS,
+    **meta.HANDLERS,
     **sampling.HANDLERS,
     **text.HANDLERS,
+    **tokenizers.HANDLERS,
+    **training.HANDLERS,
     **transport.HANDLERS,
+    **vision.HANDLERS,
+    **weights.HANDLERS,
 }
 
 

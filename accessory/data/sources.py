@@ -15,7 +15,7 @@ from accessory import config as configuration
 from accessory.data import layouts
 from accessory.data.files import Rows, open_rows
 from accessory.data.rows import RowRejected
-from accessory.schema import CAPTION, Sample
+from accessory.schema import CAPTION, IDS, Sample
 
 _PROBED = 20  # rows read at start, so that a wrong column map is seen before training begins
 
@@ -36,7 +36,7 @@ class FileConfig:
     other sources, ``name`` a label for the ledger.
     """
 
-    kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions"]
+    kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions", "describe", "text", "packed"]
     path: str
     root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -110,7 +110,9 @@ class FileSource:
         self._rows = rows
         self._caption = config.kind == "captions"
         root = Path(config.root) if config.root else Path(config.path).parent
-        self._layout = layouts.Layout(config.kind, config.columns, root.resolve(), config.options.image_first)
+        self._layout = None
+        if config.kind != "packed":
+            self._layout = layouts.Layout(config.kind, config.columns, root.resolve(), config.options.image_first)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -118,7 +120,11 @@ class FileSource:
     def __getitem__(self, index: int) -> Sample:
         """Row ``index``; raises :class:`RowRejected` with the file and the row."""
         try:
-            turns = self._layout.turns(self._rows[index])
+            row = self._rows[index]
+            if self._layout is None:
+                ids = layouts.packed_ids(row, self.config.columns)
+                return Sample((), source=self.name, index=index, meta={IDS: ids})
+            turns = self._layout.turns(row)
         except ValueError as error:
             raise RowRejected(str(error), self.config.path, index) from error
         return Sample(turns, source=self.name, index=index, meta={CAPTION: True} if self._caption else {})

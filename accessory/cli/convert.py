@@ -1,9 +1,14 @@
-"""``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles."""
+"""``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles.
+
+A model or generator folder of ours (``runs/NAME/final``) becomes one to hand on: ``--dtype`` makes it smaller,
+``--base`` names the base as others have it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +23,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb."""
     parser = sub.add_parser("convert", help="convert weights between layouts")
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, or a .gguf file")
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, a .gguf file, or a trained folder")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
@@ -37,6 +42,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="largest move of a logit, relative to the largest (default: by type)",
     )
     parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
+    parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
     parser.set_defaults(main=main)
 
 
@@ -55,6 +61,10 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.weights import detect, from_tensors, read_folder
     from accessory.models.gate import hold, measure
 
+    if (args.src / "config.yaml").is_file():
+        return _trained(args)
+    if args.base is not None:
+        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
     if args.tensor_parallel is not None and args.target == "hf":
         raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to hf")
     if args.sparse and args.target != "reference":
@@ -118,3 +128,23 @@ def _open(folder: Path) -> Llama:
     from accessory.backbone.weights import from_tensors, read_folder
 
     return from_tensors(*read_folder(folder, pickles=True))
+
+
+def _trained(args: argparse.Namespace) -> int:
+    import torch
+
+    from accessory.models.export import export
+
+    if other := [
+        f"--{n}"
+        for n, v in ((f"to {args.target}", args.target != "accessory"), ("tensor-parallel", args.tensor_parallel))
+        if v
+    ]:
+        raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
+    made = export(args.src, args.dst, getattr(torch, args.dtype) if args.dtype else None, args.base)
+    count, size = (sum(f(t) for t in made.tensors.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
+    kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in made.tensors.values()}))
+    print(f"{args.dst}: {made.kind}, {len(made.tensors)} tensors, {count:,} numbers in {size / 1e6:.1f} MB ({kinds})")
+    for name in made.outside:
+        print(f"it names {name}, which is not among the shipped models and has to go with it", file=sys.stderr)
+    return 0

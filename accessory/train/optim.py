@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -134,6 +134,11 @@ class Optimizer:
             factor = (limit / (total + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(self.gradients(), factor)
         return total, per_group
+
+    def rest(self, names: Iterable[str]) -> None:
+        """Leave these parameters and their moments as they are in the next :meth:`step`."""
+        for name in names:
+            self.masters[name].grad = None
 
     def step(self, lr: float) -> None:
         """One update at learning rate ``lr``, then publish the masters and drop the gradients."""

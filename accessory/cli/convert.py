@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from accessory.backbone.llama import Llama, LlamaConfig
+
 TARGET_HELP = "layout of DST; model: a model folder, from one of LLaMA2-Accessory that sees"
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -62,11 +64,9 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from accessory.backbone.gguf import load_gguf, single_file
-    from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer, write_hf
-    from accessory.backbone.meta import save_shards
-    from accessory.backbone.reference_folders import write_reference
+    from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer
     from accessory.backbone.store import cast
-    from accessory.backbone.weights import detect, from_tensors, read_folder, save_accessory
+    from accessory.backbone.weights import detect, from_tensors, read_folder
     from accessory.models.gate import hold, measure
 
     if (args.src / "config.yaml").is_file():
@@ -87,26 +87,10 @@ def main(args: argparse.Namespace) -> int:
         tokenizer = args.src
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer")
-    limit = int(args.max_shard_gb * 1e9)
-    if args.target == "hf":
-        write_hf(config, tensors, args.dst, tokenizer, limit)
-    elif args.target == "reference":
-        write_reference(config, tensors, args.dst, args.tensor_parallel or 1, args.sparse)
-    elif args.tensor_parallel is not None:
-        save_shards(config, tensors, args.dst, args.tensor_parallel)
-    else:
-        save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
-    moved = (
-        None
-        if before is None
-        else hold(
-            before,
-            args.dst,
-            "converting to",
-            tolerance=args.tolerance,
-            opened=lambda folder: from_tensors(*read_folder(folder, pickles=True)),
-        )
-    )
+    _write(args, config, tensors, tokenizer)
+    moved = None
+    if before is not None:
+        moved = hold(before, args.dst, "converting to", tolerance=args.tolerance, opened=_open)
     if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
@@ -160,6 +144,31 @@ def _pictured(args: argparse.Namespace) -> int:
     for name, digest in config.tower.encoders.items():
         print(f"encoder {name}: {digest}")
     return 0
+
+
+def _write(args: argparse.Namespace, config: LlamaConfig, tensors: dict[str, Tensor], tokenizer: Path | None) -> None:
+    """Write the folder that the options ask for."""
+    from accessory.backbone.hf import write_hf
+    from accessory.backbone.meta import save_shards
+    from accessory.backbone.reference_folders import write_reference
+    from accessory.backbone.weights import save_accessory
+
+    limit = int(args.max_shard_gb * 1e9)
+    if args.target == "hf":
+        write_hf(config, tensors, args.dst, tokenizer, limit)
+    elif args.target == "reference":
+        write_reference(config, tensors, args.dst, args.tensor_parallel or 1, args.sparse)
+    elif args.tensor_parallel is not None:
+        save_shards(config, tensors, args.dst, args.tensor_parallel)
+    else:
+        save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
+
+
+def _open(folder: Path) -> Llama:
+    """What was written, read again; LLaMA2-Accessory's files are pickles."""
+    from accessory.backbone.weights import from_tensors, read_folder
+
+    return from_tensors(*read_folder(folder, pickles=True))
 
 
 def _trained(args: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     """Register the verb."""
     p = sub.add_parser("evaluate", help="score a model on the built-in test sets")
     p.add_argument("--model", required=True, metavar="DIR", help="a model folder, or the name of a shipped model")
-    p.add_argument("--tasks", nargs="+", metavar="TASK", help="test sets (default: all but flags)")
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help="built-in test sets (default: all but flags)")
+    p.add_argument("--data", type=Path, metavar="FILE.yaml", help="test sets of your own instead (see data_configs/)")
     p.add_argument(
         "--controls", nargs="+", choices=CONTROLS, default=["none", "shuffled"], help="default: none shuffled"
     )
@@ -24,7 +25,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--cache", type=Path, help="asset cache")
     p.add_argument("--retrieval", action="store_true", help="also name emoji by nearest neighbour in the encoder")
-    p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write every question, answer and verdict")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE.jsonl",
+        help="write every question, answer and verdict; with --data a folder, in which a run that was cut off goes on "
+        "(default: outputs/evaluate/MODEL)",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -36,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.data is not None:
+        return _own(args)
     model = load(args.model, cache=args.cache, device=args.device).model
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +61,32 @@ def main(args: argparse.Namespace) -> int:
                         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     if args.retrieval:
         _retrieval(model.config, args.cache, model.net.tower)
+    return 0
+
+
+def _own(args: argparse.Namespace) -> int:
+    """Test sets of one's own: one file of items a set and control, and ``scores.json`` beside them."""
+    from accessory.evaluate.run import model_digest, run, write_scores
+    from accessory.evaluate.tasks import read_tasks
+    from accessory.serve.chat import find_model, load
+
+    if args.tasks or args.retrieval:
+        raise ValueError("--data names test sets of your own, --tasks and --retrieval are for the built-in ones")
+    sets, folder = read_tasks(args.data), find_model(args.model)  # first: a mistake should not cost a model's loading
+    out = args.out or Path("outputs") / "evaluate" / folder.resolve().name
+    model, results = load(folder, cache=args.cache, device=args.device).model, []
+    print("| task | pictures | items | scores | seconds |\n|---|---|---:|---|---:|", flush=True)
+    for tests in sets:
+        for control in args.controls:
+            result = run(
+                model, tests, out / f"{tests.config.name}.{control}.jsonl", model_id=model_digest(folder),
+                control=control, limit=args.limit, batch_size=args.batch_size,
+            )  # fmt: skip
+            shown = "own" if control == "none" else control
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.totals.items())
+            print(f"| {result.task} | {shown} | {result.items} | {numbers} | {result.seconds:.0f} |", flush=True)
+            results.append(result)
+    write_scores(out / "scores.json", results)
     return 0
 
 

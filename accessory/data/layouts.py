@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
     "messages": {"messages": "messages", "role": "role", "content": "content"},
     "captions": {"image": "image", "caption": "caption"},
+    "task": {
+        n: n for n in (
+            "image", "task", "question", "phrase", "answer", "answers", "options", "box", "boxes", "objects", "points",
+            "mark", "hint", "category", "group", "id",
+        )
+    },
 }  # fmt: skip
 """Our column names by kind, with the names that files usually have."""
 
@@ -39,16 +45,17 @@ class Layout:
         self._columns = {**COLUMNS[kind], **columns}
         self._root = root
         self._image_first = image_first
-        self._read = {
+        self._read: Callable[[Mapping[str, Any]], Iterator[Turn]] | None = {
             "llava": self._conversation,
             "sharegpt": self._conversation,
             "alpaca": self._alpaca,
             "messages": self._messages,
             "captions": self._caption,
-        }[kind]
+        }.get(kind)  # rows of tasks are read by data/task_rows.py
 
     def turns(self, row: Mapping[str, Any]) -> tuple[Turn, ...]:
         """The dialogue of a row; ValueError says what is wrong with it."""
+        assert self._read is not None
         turns = tuple(self._read(row))
         if not any(t.role == "assistant" for t in turns):
             raise ValueError("nobody answers: the row has no assistant turn")

@@ -23,7 +23,7 @@ _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _FOUR = ",".join([_NUMBER] * 4)
 _BRACKET = re.compile(r"\[((?:" + _FOUR + r";?)+)\]")
 _ONE_BOX = re.compile(_FOUR)
-_NAMED = re.compile(r"<p>(.*?)</p>\s*(\[[-\d.,;\s]*\])?", re.S)
+_NAMED = re.compile(r"<p>(.*?)</p>(?:\s*(\[[-\d.,;\s]*\]))?", re.S)
 _POINT = re.compile(r"\[" + _NUMBER + "," + _NUMBER + r"\]")
 _MARK_SHARE = 24  # a mark's number is so many times smaller than the picture's longer side
 

@@ -67,7 +67,10 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def anls(answer: str, truths: Sequence[str], threshold: float = 0.5) -> float:
-    """Normalised Levenshtein similarity to the nearest truth, 0 below ``threshold`` (Biten et al. 2019, DocVQA)."""
+    """Normalised Levenshtein similarity to the nearest truth, 0 below ``threshold`` (Biten et al. 2019).
+
+    Exactly at the threshold the challenge's evaluator keeps the value, which the paper's formula drops; we keep it.
+    """
     best, said = 0.0, " ".join(answer.lower().split())
     for truth in truths:
         known = " ".join(truth.lower().split())

@@ -21,13 +21,22 @@ MARKED = ("set-of-mark", "set-of-mark-find")
 
 
 class TaskLayout(Layout):
-    """Reads rows of kind ``task``. ``task`` names a prompt (or is one), unless a row's own column ``task`` does."""
+    """Reads rows of kind ``task``. ``task`` names a prompt (or is one), unless a row's own column ``task`` does.
+
+    ``letters``: right answers are letters of the options, which they always are where the prompt lists these.
+    """
 
     def __init__(
-        self, columns: Mapping[str, str], root: Path, task: str = "", boxes: BoxForm = "xyxy", decimals: int = 3
+        self,
+        columns: Mapping[str, str],
+        root: Path,
+        task: str = "",
+        boxes: BoxForm = "xyxy",
+        decimals: int = 3,
+        letters: bool = False,
     ) -> None:
         super().__init__("task", columns, root)
-        self._task, self._form, self._decimals = task, boxes, decimals
+        self._task, self._form, self._decimals, self._letters = task, boxes, decimals, letters
         if task:
             task_prompts.get(task)  # a wrong name is the file's mistake, not a row's
 
@@ -96,7 +105,7 @@ class TaskLayout(Layout):
                 raise ValueError(f"answers must be a list that is not empty, got {listed!r:.80}")
             # The official VQA files hold an object for each of ten people.
             answers = [_words(a.get("answer") if isinstance(a, Mapping) else a, "answers").strip() for a in listed]
-        if options:
+        if options and (self._letters or "options" in prompt.fields):
             answers = [_letter(a, options) for a in answers]
         return tuple(answers)
 

@@ -65,7 +65,9 @@ class TestSet:
         root = Path(config.root) if config.root else Path(config.path).parent
         prompt = config.prompt or self.scorer.prompt
         self._rows = open_rows(Path(config.path))
-        self._layout = TaskLayout(config.columns, root.resolve(), prompt, config.boxes, config.decimals)
+        self._layout = TaskLayout(
+            config.columns, root.resolve(), prompt, config.boxes, config.decimals, config.score.startswith("choice")
+        )
 
     @property
     def scorer(self) -> Scorer:

@@ -77,7 +77,13 @@ def test_vlmevalkit_s_interface_answers_as_our_evaluation_does(folder: Path, tmp
         message = [{"type": "image", "value": str(folder / f"{k}.png")}, {"type": "text", "value": f"Where is {k}?"}]
         assert vlm.generate_inner(message, dataset="q") == item["answer"]
         assert vlm.chat_inner([{"role": "user", "content": message}]) == item["answer"]
+        # As its runs call it: any form of a message, and by name of the argument.
+        assert vlm.generate(message=[str(folder / f"{k}.png"), f"Where is {k}?"], dataset="q") == item["answer"]
+        assert vlm.chat([{"role": "user", "content": message}]) == item["answer"]
     assert len({i["answer"] for i in items}) > 1
+    assert vlm.generate("Where is 1?") == vlm.generate({"type": "text", "value": "Where is 1?"}) != items[1]["answer"]
+    assert vlm.is_api is False
+    vlm.set_dump_image(lambda line: "a.png")
     told = [{"role": "user", "content": message}, {"role": "assistant", "content": "there"},
             {"role": "user", "content": [{"type": "text", "value": "Where?"}]}]  # fmt: skip
     assert vlm.chat_inner(told) != vlm.generate_inner([{"type": "text", "value": "Where?"}])

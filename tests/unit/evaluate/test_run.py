@@ -15,6 +15,7 @@ from accessory.evaluate import run as running
 from accessory.evaluate.run import Result, model_digest, run, write_scores
 from accessory.evaluate.tasks import TestSet, read_tasks
 from accessory.models.build import Model
+from tests.structure.source import ROOT
 from tests.tiny import tiny_model, tiny_model_dir
 
 TASKS = """tasks:
@@ -205,3 +206,10 @@ def test_mistakes_are_told_before_a_model_is_loaded(entry: str, said: str, folde
     (folder / "bad.yaml").write_text(f"tasks:\n  - {entry}\n")
     with pytest.raises(ValueError, match=said):
         read_tasks(folder / "bad.yaml")
+
+
+def test_the_examples_are_whole() -> None:
+    sets = read_tasks(ROOT / "data_configs" / "examples" / "tasks.yaml")
+    assert [t.config.score for t in sets] == ["exact", "vqa", "choice", "choice-likelihood", "box", "pope"]
+    assert [len(t) for t in sets] == [2, 2, 2, 2, 2, 4]
+    assert sets[4][0].turns[1].text == "[0.208,0.208,0.802,0.802]"

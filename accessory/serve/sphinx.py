@@ -71,7 +71,9 @@ class MetaModel:
         Row t scores what follows token t. Beside a picture row 0 scores what follows the picture.
         """
         rows = [self._row(e, p, bos, eos) for e, p in zip(examples, self._pictures(images, len(examples)), strict=True)]
-        states = hidden(self._raw, rows) if rows else []
+        if not rows:
+            return []
+        states = hidden(self._raw, rows)
         found = []
         for row, state in zip(rows, states, strict=True):
             texts = (row.ids >= 0).nonzero().flatten()

@@ -106,6 +106,10 @@ def test_what_is_there_is_not_asked_again(
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:5]))  # four items, so one whole batch
     scores(made, tests, tmp_path, batch_size=3)
     assert asked == [3, 3, 1, 3, 1]
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:6]))
+    _, items = scores(made, tests, tmp_path, batch_size=4)  # other batches: all five that are there stay
+    assert asked[5:] == [2]
+    assert [i["index"] for i in items] == list(range(7))
 
 
 def test_a_file_of_another_run_is_not_added_to(made: Model, folder: Path, tmp_path: Path) -> None:

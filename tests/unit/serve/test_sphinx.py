@@ -48,6 +48,7 @@ def test_logits_are_one_row_a_token(meta: SPHINXModel, made: Model) -> None:
     ended = meta.compute_logits(texts[:1], eos=True)[0]
     assert len(ended) == len(found[0]) + 1
     assert len(meta.compute_logits(texts[:1], bos=False)[0]) == len(found[0]) - 1
+    assert meta.compute_logits([]) == []
 
 
 def test_a_picture_stands_behind_the_first_mark(meta: SPHINXModel, made: Model) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 
 from accessory.evaluate.harness import Asked, parts_of, sampling_of, turns_of
@@ -81,7 +81,7 @@ class AccessoryChat(_Both):
     def _generation(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
         return dict(arguments[2])
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Any]:
         """Chat tasks of 0.7.3 do not ask for it."""
         raise NotImplementedError("likelihoods are asked of the simple form of this model: --force_simple")
 
@@ -102,11 +102,13 @@ class AccessorySimple(_Both):
     def _generation(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
         return dict(arguments[1])
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """The negative log-likelihood, summed over the answer and its end, and whether greedy decoding says the same.
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Any]:
+        """(loss, greedy): the negative log-likelihood, summed over the answer and its end, and whether greedy decoding
+        says the same.
 
         The harness calls it a likelihood and takes the *smallest* (``np.argmin`` in its ``process_results``): losses
-        are what it wants.
+        are what it wants. 0.7.3 writes a bare pair as a string (``unwrap_generation_output``) and then fails on it; what
+        comes in a ``GenerationResult`` it leaves as it is.
         """
         asked = []
         for request in requests:
@@ -115,4 +117,4 @@ class AccessorySimple(_Both):
             said = answer(doc) if callable(answer) else answer
             asked.append((self._with_pictures(text, visual(doc)), str(said).strip()))
         found = self.asked.likelihoods(asked, self.batch_size)
-        return [(-f.total, f.greedy) for f in found]
+        return [GenerationResult((-f.total, f.greedy)) for f in found]  # type: ignore[arg-type]

@@ -107,7 +107,7 @@ class AccessorySimple(_Both):
         says the same.
 
         The harness calls it a likelihood and takes the *smallest* (``np.argmin`` in its ``process_results``): losses
-        are what it wants. 0.7.3 writes a bare pair as a string (``unwrap_generation_output``) and then fails on it; what
+        are what it wants. 0.7.3 turns a bare pair into a string (``unwrap_generation_output``) and fails on it; what
         comes in a ``GenerationResult`` it leaves as it is.
         """
         asked = []
@@ -117,4 +117,4 @@ class AccessorySimple(_Both):
             said = answer(doc) if callable(answer) else answer
             asked.append((self._with_pictures(text, visual(doc)), str(said).strip()))
         found = self.asked.likelihoods(asked, self.batch_size)
-        return [GenerationResult((-f.total, f.greedy)) for f in found]  # type: ignore[arg-type]
+        return [GenerationResult((-f.total, f.greedy)) for f in found]

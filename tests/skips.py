@@ -17,6 +17,8 @@ ALLOWED = (
     (r"not a git checkout", 2),
     (r"no C\+\+ compiler", 10),
     (r"flock is not installed", 1),
+    (r"lmms-eval is not installed", 10),
+    (r"no Java", 1),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ COLUMNS: dict[str, dict[str, str]] = {
     "describe": {"image": "image", "caption": "caption", "prompt": "prompt"},
     "text": {"text": "text"},
     "packed": {"ids": "ids"},
+    "task": {
+        n: n for n in (
+            "image", "task", "question", "phrase", "answer", "answers", "options", "box", "boxes", "objects", "points",
+            "mark", "hint", "category", "group", "id",
+        )
+    },
 }  # fmt: skip
 """Our column names by kind, with the names that files usually have."""
 
@@ -42,7 +48,7 @@ class Layout:
         self._columns = {**COLUMNS[kind], **columns}
         self._root = root
         self._image_first = image_first
-        self._read = {
+        self._read: Callable[[Mapping[str, Any]], Iterator[Turn]] | None = {
             "llava": self._conversation,
             "sharegpt": self._conversation,
             "alpaca": self._alpaca,
@@ -50,10 +56,11 @@ class Layout:
             "captions": self._caption,
             "describe": self._description,
             "text": self._document,
-        }[kind]
+        }.get(kind)  # rows of tasks are read by data/task_rows.py
 
     def turns(self, row: Mapping[str, Any]) -> tuple[Turn, ...]:
         """The dialogue of a row; ValueError says what is wrong with it."""
+        assert self._read is not None
         turns = tuple(self._read(row))
         if not any(t.role == "assistant" for t in turns):
             raise ValueError("nobody answers: the row has no assistant turn")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from accessory.backbone.llama import Llama
+
 TARGET_HELP = "layout of DST; model: a model folder, from one of LLaMA2-Accessory that sees"
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -96,17 +98,13 @@ def main(args: argparse.Namespace) -> int:
         save_shards(config, tensors, args.dst, args.tensor_parallel)
     else:
         save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
-    moved = (
-        None
-        if before is None
-        else hold(
-            before,
-            args.dst,
-            "converting to",
-            tolerance=args.tolerance,
-            opened=lambda folder: from_tensors(*read_folder(folder, pickles=True)),
-        )
-    )
+    moved = None
+    if before is not None:
+
+        def opened(folder: Path) -> Llama:
+            return from_tensors(*read_folder(folder, pickles=True))
+
+        moved = hold(before, args.dst, "converting to", tolerance=args.tolerance, opened=opened)
     if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():

@@ -65,11 +65,11 @@ def main(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from accessory.models.generator import is_generator
+    from accessory.models.build import find, is_generator
     from accessory.serve.chat import find_model
 
-    folder = find_model(args.model)
-    drawing = is_generator(folder)
+    drawing = is_generator(find(args.model))
+    folder = find(args.model) if drawing else find_model(args.model)
     if given := [name for name in (OF_CHAT if drawing else OF_GENERATORS) if getattr(args, name) not in (None, False)]:
         kind, other = ("a generator", "chat models") if drawing else ("a chat model", "generators")
         raise ValueError(f"--{given[0].replace('_', '-')} is an option of {other}, and {args.model} is {kind}")

@@ -71,8 +71,9 @@ def _internlm2(shape: tuple[int, int, int, int, int]) -> LlamaConfig:
 
 
 def _falcon(shape: tuple[int, int, int, int, int], order: Order = "parallel") -> LlamaConfig:
-    rest = {"norm": "layer", "gated": False, "activation": "gelu", "tie_embeddings": True}
-    return _size(shape, 65024, 2048, order=order, **rest)
+    return _size(
+        shape, 65024, 2048, order=order, norm="layer", gated=False, activation="gelu", tie_embeddings=True
+    )  # fmt: skip
 
 
 # As published: a loss summed over the two experts of a token, with weight 0.02.

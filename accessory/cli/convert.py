@@ -63,14 +63,7 @@ def main(args: argparse.Namespace) -> int:
 
     if (args.src / "config.yaml").is_file():
         return _trained(args)
-    if args.base is not None:
-        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
-    if args.tensor_parallel is not None and args.target == "hf":
-        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to hf")
-    if args.sparse and args.target != "reference":
-        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
-    if args.max_shard_gb <= 0:
-        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    _check(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
     if layout == "gguf" and not args.overlay:
@@ -130,16 +123,25 @@ def _open(folder: Path) -> Llama:
     return from_tensors(*read_folder(folder, pickles=True))
 
 
+def _check(args: argparse.Namespace) -> None:
+    if args.base is not None:
+        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
+    if args.tensor_parallel is not None and args.target == "hf":
+        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to hf")
+    if args.sparse and args.target != "reference":
+        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+
+
 def _trained(args: argparse.Namespace) -> int:
     import torch
 
     from accessory.models.export import export
 
-    if other := [
-        f"--{n}"
-        for n, v in ((f"to {args.target}", args.target != "accessory"), ("tensor-parallel", args.tensor_parallel))
-        if v
-    ]:
+    target = f"to {args.target}"
+    said = ((target, args.target != "accessory"), ("tensor-parallel", args.tensor_parallel), ("overlay", args.overlay))
+    if other := [f"--{n}" for n, v in said if v]:
         raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
     made = export(args.src, args.dst, getattr(torch, args.dtype) if args.dtype else None, args.base)
     count, size = (sum(f(t) for t in made.tensors.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))

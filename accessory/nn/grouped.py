@@ -34,7 +34,8 @@ class _Joined(torch.autograd.Function):
 
 def joined(weights: Sequence[Tensor]) -> Tensor:
     """(E, out, in) of E weights (out, in), with gradients to each of them; no copy after :func:`lay_out`."""
-    result: Tensor = _Joined.apply(*weights)  # type: ignore[no-untyped-call]
+    apply: Any = _Joined.apply
+    result: Tensor = apply(*weights)
     return result
 
 

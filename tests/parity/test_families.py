@@ -236,22 +236,14 @@ def test_internlm_is_a_llama_under_other_names(kind: str, tmp_path: Path) -> Non
     if kind == "internlm":
         stated |= {"rotary": {"base": 10000, "type": "dynamic"}}
     else:
-        stated |= {
-            "rope_theta": 1e4,
-            "rope_scaling": {"type": "dynamic", "factor": 2.0},
-            "attn_implementation": "eager",
-        }
-        names = {
-            v: k for k, v in (families._INTERNLM2 | {k: v for k, v in families._TOPS.items() if "tok" in k}).items()
-        }
-        names["lm_head"] = "output"
+        stated |= {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "attn_implementation": "eager"}
         for i in range(3):
             at = f"model.layers.{i}.self_attn."
             q, k, v = (state.pop(f"{at}{n}_proj.weight").unflatten(0, (2, -1, 12)) for n in "qkv")
             state[f"model.layers.{i}.attention.wqkv.weight"] = torch.cat((q, k, v), 1).flatten(0, 2)
         for name in [n for n in state if "wqkv" not in n]:
             stem = re.sub(r"model\.layers\.\d+\.", "", name.removesuffix(".weight"))
-            state[name.replace(stem, names.get(stem, stem))] = state.pop(name)
+            state[name.replace(stem, INTERNLM2.get(stem, stem))] = state.pop(name)
     save_file({k: v.clone().contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(stated))
     ours, ids = load_backbone(tmp_path), torch.randint(0, 61, (2, T))

@@ -28,6 +28,7 @@ GATES = "a merged prefix_gate has all heads: the reference keeps those of rank 0
 REPLICAS = "copies that differ between shards are an error: the reference takes those of rank 0 and warns"
 DIFFERENCES = "a difference can be laid over a folder: the reference's loader raises a TypeError"
 SPLITS = "shards can be made of this model: the reference raises a size mismatch"
+AXES = "InternLM's up and down projections are cut so that two ranks compute one: the reference raises a shape error"
 
 
 def family_case(folder: Path, config: dict[str, Any], c: Comparison) -> None:
@@ -172,6 +173,8 @@ def shards_case(folder: Path, config: dict[str, Any], c: Comparison) -> None:
         c.deviates("cut in two", len(split_shards(ours, 2, whole)), 2, SPLITS)
     with tempfile.TemporaryDirectory() as place:
         language = read_reference([write_folder(Path(place) / "two", kind, args, shards)], pickles=True)
+    if "forward_error_mp2" in facts["split_mp1_to_mp2"]:
+        c.deviates("feed-forward of two ranks", halves_add_up(language), True, AXES)
     computed = logits(language, tokens)
     for name in [n for n in io if n.endswith("_logits")]:
         c.tensor(name.removeprefix("out."), computed, io.pop(name))
@@ -179,6 +182,19 @@ def shards_case(folder: Path, config: dict[str, Any], c: Comparison) -> None:
         special(config, json.loads((folder / "special_cases.json").read_text()), shards, io, c)
     if io:
         c.problems.append(f"nothing computes {', '.join(sorted(io))}")
+
+
+def halves_add_up(language: Language) -> bool:
+    """Whether the first feed-forward layer is the sum of what two ranks compute with their shards of it."""
+    config, _, tensors = language
+    x = torch.randn(5, config.dim, generator=torch.Generator().manual_seed(0))
+
+    def layer(state: dict[str, Tensor]) -> Tensor:
+        w1, w2, w3 = (state[f"layers.0.feed_forward.w{i}.weight"] for i in (1, 2, 3))
+        return (torch.nn.functional.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+
+    summed = sum((layer(shard) for shard in split_shards(tensors, 2)), torch.zeros(()))
+    return torch.allclose(summed, layer(tensors), rtol=1e-4, atol=1e-4)
 
 
 def special(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,12 +36,6 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (not --to hf)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
-    parser.add_argument("--llama-type", metavar="TYPE", help="only --to model (default: that of SRC/meta.json)")
-    parser.add_argument(
-        "--clip-activation",
-        choices=("gelu", "quick_gelu"),
-        help="only --to model: what CLIP runs with (default: what the published code runs the released files with)",
-    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -51,6 +44,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
     parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
+    parser.add_argument("--llama-type", metavar="TYPE", help="only --to model (default: that of SRC/meta.json)")
+    parser.add_argument(
+        "--clip-activation",
+        choices=("gelu", "quick_gelu"),
+        help="only --to model: what CLIP runs with (default: what the published code runs the released files with)",
+    )
     parser.set_defaults(main=main)
 
 
@@ -71,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 
     if (args.src / "config.yaml").is_file():
         return _trained(args)
-    _refuse(args)
+    _check(args)
     if args.target == "model":
         return _pictured(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -95,14 +94,6 @@ def main(args: argparse.Namespace) -> int:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
-    _say(args, layout, tensors, moved, tokenizer)
-    return 0
-
-
-def _say(
-    args: argparse.Namespace, layout: str, tensors: Mapping[str, Tensor], moved: float | None, tokenizer: Path | None
-) -> None:
-    """What was written."""
     count = sum(t.numel() for t in tensors.values())
     print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
     said = "not compared (--skip-gate)" if moved is None else f"moved by {moved:.2g} of their largest"
@@ -113,36 +104,6 @@ def _say(
         print("tokenizer: none written, the one inside a GGUF file is not converted; --tokenizer DIR takes one along")
     else:
         print("tokenizer: none written, there is none in SRC; --tokenizer DIR takes one along")
-
-
-def _refuse(args: argparse.Namespace) -> None:
-    """ValueError for options that exclude each other, of folders that are not of trained tensors."""
-    if args.base is not None:
-        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
-    if args.tensor_parallel is not None and args.target not in ("accessory", "reference"):
-        raise ValueError(
-            f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to {args.target}"
-        )
-    if args.sparse and args.target != "reference":
-        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
-    if args.max_shard_gb <= 0:
-        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
-    if (args.llama_type or args.clip_activation) and args.target != "model":
-        raise ValueError("--llama-type and --clip-activation need --to model")
-
-
-def _pictured(args: argparse.Namespace) -> int:
-    """A model with its encoders."""
-    from accessory.models.reference_folder import convert_pictured
-
-    if args.dtype or args.tokenizer or args.source not in ("auto", "meta"):
-        raise ValueError("--to model takes SRC as it is: no --dtype, --tokenizer or --from")
-    folders = [args.src, *args.overlay]
-    config = convert_pictured(folders, args.dst, kind=args.llama_type, activation=args.clip_activation, pickles=True)
-    assert config.tower is not None
-    print(f"{args.dst}: model folder with the tower {config.tower.preset}, template {config.template}")
-    for name, digest in config.tower.encoders.items():
-        print(f"encoder {name}: {digest}")
     return 0
 
 
@@ -169,6 +130,36 @@ def _open(folder: Path) -> Llama:
     from accessory.backbone.weights import from_tensors, read_folder
 
     return from_tensors(*read_folder(folder, pickles=True))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.base is not None:
+        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
+    if args.tensor_parallel is not None and args.target in ("hf", "model"):
+        raise ValueError(
+            f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to {args.target}"
+        )
+    if args.sparse and args.target != "reference":
+        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    if (args.llama_type or args.clip_activation) and args.target != "model":
+        raise ValueError("--llama-type and --clip-activation need --to model")
+
+
+def _pictured(args: argparse.Namespace) -> int:
+    """A model with its encoders."""
+    from accessory.models.reference_folder import convert_pictured
+
+    if args.dtype or args.tokenizer or args.source not in ("auto", "meta"):
+        raise ValueError("--to model takes SRC as it is: no --dtype, --tokenizer or --from")
+    folders = [args.src, *args.overlay]
+    config = convert_pictured(folders, args.dst, kind=args.llama_type, activation=args.clip_activation, pickles=True)
+    assert config.tower is not None
+    print(f"{args.dst}: model folder with the tower {config.tower.preset}, template {config.template}")
+    for name, digest in config.tower.encoders.items():
+        print(f"encoder {name}: {digest}")
+    return 0
 
 
 def _trained(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from tools.conform.text import text_case
 VIEW_MAJOR = ("llama_ens5", "llama_ens5p2", "llama_ens10")
 """Types whose encoders get all pictures' first views, then all second ones; ours come picture by picture."""
 
+DECLARED = "a picture costs the positions that it takes (the reference declares two fewer and may pass its limit)"
 TUNED = ("llama_peft", "llama_ens_peft", "mixtral_peft")
 UNTRAINED = "the projection trains (the reference leaves it, or all of it but biases and norms, at its random start)"
 
@@ -89,8 +90,12 @@ def spliced(
     ids = lay(tokens, net.projector.runs(net.tower.runs), row)
     extra = ids.shape[1] - tokens.shape[1]
     c.equal("positions of a picture", extra, row.positions)
-    if "actual_visual_positions" in config:
-        c.equal("positions of the reference", extra, config["actual_visual_positions"])
+    theirs = config.get("actual_visual_positions")
+    if theirs is not None and row.declared is not None:
+        c.equal("declared by the reference", config["image_words_constant"], row.declared)
+        c.deviates("positions of the reference", extra, theirs, DECLARED)
+    elif theirs is not None:
+        c.equal("positions of the reference", extra, theirs)
     seen = Seen()
     if "out.nohalf_train_logits" in io:
         exact = net.logits(net(ids, tiles))[:, -tokens.shape[1] :]

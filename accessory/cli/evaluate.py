@@ -154,9 +154,11 @@ def _retrieval(config: object, cache: Path | None, tuned: object) -> None:
 
 def _draws(folder: Path, args: argparse.Namespace) -> int:
     from accessory.config import plain
+    from accessory.evaluate import trigger
     from accessory.evaluate.drawn import Scorer
     from accessory.evaluate.gallery import Gallery, encoder
     from accessory.evaluate.tally import LIKENESS_HEAD, RANKS_HEAD, likeness_line, split
+    from accessory.models.conditioner import DreamConditioner
     from accessory.models.generator import digest, load_generator
     from accessory.parallel.groups import choose_device
 
@@ -180,6 +182,10 @@ def _draws(folder: Path, args: argparse.Namespace) -> int:
     print("\n" + LIKENESS_HEAD)
     for part in split(entries):
         print(likeness_line(part), flush=True)
+    if isinstance(model.conditioner, DreamConditioner):
+        print("\n" + trigger.HEAD)
+        for line in trigger.rates(model.conditioner, args.cache, args.limit):
+            print(line, flush=True)
     if args.sheet is not None:
         _sheet(scorer, sets, args.sheet)
     return 0

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from accessory.data import emoji, scenes, words
+from accessory.data import emoji, scenes, small_talk, words
 from accessory.data.assets import asset_dir, default_cache
 from accessory.data.flags import countries, flag_pictures
 from accessory.schema import CAPTION, Picture, Sample, Turn
@@ -301,6 +301,25 @@ def _requests(request: _Request) -> tuple[int, Maker]:
     return _drawn(request, said)
 
 
+def _small_talk(request: _Request) -> tuple[int, Maker]:
+    """Talk without a picture; in four rows of ten it goes on after a picture was asked for and drawn, or before."""
+    known = emoji.concepts(request.cache)
+    count, draw = _requests(replace(request, name="emoji-requests", split="train"))
+
+    def make(item: int, index: int) -> Sample:
+        rng = request.rng(index)
+        asked, answer = small_talk.exchange(known[item], rng, training=request.training)
+        said = (Turn("user", (asked,)), Turn("assistant", (answer,)))
+        place = rng.random()
+        if place < 0.4:
+            drawn = draw(int(rng.integers(count)), index).turns
+            said = (*drawn, *said) if place < 0.25 else (*said, *drawn)
+        meta = {"task": request.name, "answer": answer}
+        return Sample(said, f"builtin:{request.name}:{request.split}", index, meta)
+
+    return len(known), make
+
+
 NAMES: dict[str, Callable[[_Request], tuple[int, Maker]]] = {
     "emoji-names": _names,
     "emoji-groups": _groups,
@@ -311,6 +330,7 @@ NAMES: dict[str, Callable[[_Request], tuple[int, Maker]]] = {
     "flags": _flags,
     "emoji-captions": _captions,
     "emoji-requests": _requests,
+    "small-talk": _small_talk,
 }
-DRAWN = frozenset(("emoji-captions", "emoji-requests"))
+DRAWN = frozenset(("emoji-captions", "emoji-requests", "small-talk"))
 """Sets whose pictures are the assistant's."""

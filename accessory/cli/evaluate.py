@@ -159,13 +159,13 @@ def _draws(folder: Path, args: argparse.Namespace) -> int:
     from accessory.evaluate.gallery import Gallery, encoder
     from accessory.evaluate.tally import LIKENESS_HEAD, RANKS_HEAD, likeness_line, split
     from accessory.models.conditioner import DreamConditioner
-    from accessory.models.generator import digest, load_generator
+    from accessory.models.generator import digest, for_inference, load_generator
     from accessory.parallel.groups import choose_device
 
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps} must be at least 1")
     device = choose_device(args.device)
-    model = load_generator(folder, cache=args.cache).to(device).eval()
+    model = for_inference(load_generator(folder, cache=args.cache), device)
     settings, seed = adjusted(model.settings, args), args.seed or 0
     run = json.loads(json.dumps({"model": digest(folder), "settings": plain(settings), "seed": seed}))
     done = _done(args.out, run)

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from accessory.models.generator import digest, find_generator, load_generator
+    from accessory.models.generator import digest, find_generator, for_inference, load_generator
     from accessory.parallel.groups import choose_device
 
     for name in ("count", "batch", "steps", "threads"):
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
         pass  # a folder that cannot be written to is found out before a model is loaded and a picture made
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load_generator(folder, cache=args.cache).to(device)
+    model = for_inference(load_generator(folder, cache=args.cache), device)
     size = _size(args, model.size, model.grain)
     model.check_size(size)
     settings = adjusted(model.settings, args)

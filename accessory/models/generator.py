@@ -21,6 +21,7 @@ from accessory import log
 from accessory.backbone.keys import check_keys
 from accessory.backbone.store import atomic_folder, narrowed, read_file, write_file
 from accessory.diffusion import autoencoder, dit_weights, unet
+from accessory.diffusion.dit_fast import accelerate
 from accessory.diffusion.flag_dit import FlagDiT
 from accessory.diffusion.latents import Codec, PixelCodec, load_vae
 from accessory.diffusion.sampler import SamplerSettings
@@ -210,6 +211,14 @@ def load_generator(folder: str | Path, *, cache: Path | None = None, train: bool
         for name, tensor in own.items():
             tensor.copy_(state[name])
     return made
+
+
+def for_inference(generator: Generator, device: torch.device | str = "cpu") -> Generator:
+    """The generator on its device in evaluation mode; on a CPU the denoiser's products are packed (``dit_fast``)."""
+    generator = generator.to(device).eval()
+    if torch.device(device).type == "cpu" and isinstance(generator.denoiser, FlagDiT):
+        accelerate(generator.denoiser)
+    return generator
 
 
 def digest(folder: str | Path) -> str:

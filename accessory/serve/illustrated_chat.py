@@ -15,7 +15,7 @@ from accessory.backbone.generate import Sampling
 from accessory.models.build import Model
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.dream import Dream
-from accessory.models.generator import Generator, find_generator, load_generator
+from accessory.models.generator import Generator, find_generator, for_inference, load_generator
 from accessory.nn.cache import KVCache
 from accessory.schema import Part, Turn
 from accessory.serve import chat
@@ -197,6 +197,5 @@ def load(
     """
     where = find_generator(generator)  # first: a mistake should not cost the loading of a model
     model = chat.load(folder, cache=cache, device=device, sampling=sampling, limits=limits)
-    drawing = load_generator(where, cache=cache)
-    drawing.to(next(model.model.net.parameters()).device)
+    drawing = for_inference(load_generator(where, cache=cache), next(model.model.net.parameters()).device)
     return IllustratedModel(model, drawing, controls=controls)

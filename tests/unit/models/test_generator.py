@@ -23,6 +23,7 @@ from accessory.models.generator import (
     GeneratorConfig,
     build_generator,
     digest,
+    for_inference,
     is_generator,
     load_generator,
     read_generator_config,
@@ -339,3 +340,14 @@ def test_a_configuration_file(home: Path, tmp_path: Path) -> None:
     assert isinstance(sampler, SamplerSettings)
     assert sampler.solver is not None
     assert sampler.solver.kind == "sde"
+
+
+def test_packed_for_inference_it_draws_the_same(tmp_path: Path) -> None:
+    plain = tiny_generator(tmp_path)
+    shake(plain.denoiser)
+    [before] = plain.generate([TEXT], seeds=[3])
+    kinds = {type(m) for m in plain.denoiser.modules()}
+    slots = [m for m in for_inference(plain).denoiser.modules() if getattr(m, "kernel", None) is not None]
+    assert slots, f"nothing was packed among {kinds}"
+    assert not plain.training
+    assert far(plain.generate([TEXT], seeds=[3])[0], before) <= 1

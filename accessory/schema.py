@@ -54,6 +54,9 @@ class Sample:
 CAPTION: Final = "caption"
 """Key of ``Sample.meta``: true where the user's turn describes the picture and is no turn of a dialogue."""
 
+IDS: Final = "ids"
+"""Key of ``Sample.meta``: ids of a packed row, all of them learned; it has no turns."""
+
 Prompt = str | tuple[Turn, ...]
 """What a picture is asked for with: a description, or the dialogue before it."""
 

@@ -14,15 +14,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.conform import dit, dream, sampling, text, transport
+from tools.conform import (
+    data,
+    dit,
+    dream,
+    families,
+    meta,
+    sampling,
+    text,
+    tokenizers,
+    training,
+    transport,
+    vision,
+    weights,
+)
 from tools.conform.comparison import Comparison, Handler, UnsupportedError
 
 HANDLERS: dict[str, Handler] = {
+    **data.HANDLERS,
     **dit.HANDLERS,
     **dream.HANDLERS,
+    **families.HANDLERS,
+    **meta.HANDLERS,
     **sampling.HANDLERS,
     **text.HANDLERS,
+    **tokenizers.HANDLERS,
+    **training.HANDLERS,
     **transport.HANDLERS,
+    **vision.HANDLERS,
+    **weights.HANDLERS,
 }
 
 
@@ -46,6 +66,7 @@ def run_case(folder: Path) -> tuple[str, str]:
     names = list(dict.fromkeys(c.compared))
     numbers = f"max abs {c.absolute:.2e}, relative {c.relative:.2e}"
     line = f"{folder.name}: {verdict} ({len(c.compared)} compared: {', '.join(names)}; {numbers})"
+    line += "".join(f"\n    on purpose: {reason}" for reason in c.deviations)
     return verdict, line + "".join(f"\n    {problem}" for problem in c.problems)
 
 

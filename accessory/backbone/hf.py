@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.backbone import store
+from accessory.backbone import families, store
 from accessory.backbone.keys import check_keys, expected_shapes
 from accessory.backbone.llama import Llama, LlamaConfig
-from accessory.backbone.sizes import from_hf_config, to_hf_config
+from accessory.backbone.sizes import from_hf_config, model_type, to_hf_config
 
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 INNER = {
@@ -47,6 +47,8 @@ def hf_name(name: str) -> str:
     if stem in TOP:
         return f"{TOP[stem]}.{suffix}"
     _, layer, inner = stem.split(".", 2)
+    if inner.startswith(("feed_forward.experts.", "feed_forward.gate")):
+        return f"model.layers.{layer}.block_sparse_moe.{inner.removeprefix('feed_forward.')}.{suffix}"
     return f"model.layers.{layer}.{INNER[inner]}.{suffix}"
 
 
@@ -68,10 +70,11 @@ def from_hf(config: LlamaConfig, tensors: dict[str, Tensor], where: str) -> dict
     """Our names and row order from Hugging Face's; tensors other than q and k are passed on as they are.
 
     Raises:
-        ValueError: listing keys that are missing, unexpected or mis-shaped, under Hugging Face's names.
+        ValueError: listing keys that are missing, unexpected or mis-shaped, under the names of Hugging Face's LLaMA.
     """
     # old exports carry the rotary table; it is computed
     found = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    found = families.plain_names(config, found)
     if config.tie_embeddings and "lm_head.weight" in found:
         head = found.pop("lm_head.weight")
         if "model.embed_tokens.weight" in found and not torch.equal(head, found["model.embed_tokens.weight"]):
@@ -84,7 +87,8 @@ def from_hf(config: LlamaConfig, tensors: dict[str, Tensor], where: str) -> dict
 
 def to_hf(config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`from_hf`."""
-    return {hf_name(k): halve(v, config.head_width) if _rotary(k) else v for k, v in tensors.items()}
+    plain = {hf_name(k): halve(v, config.head_width) if _rotary(k) else v for k, v in tensors.items()}
+    return families.falcon_names(config, plain) if model_type(config) == "falcon" else plain
 
 
 def load_pickle(path: Path, *, allowed: bool) -> dict[str, Any]:

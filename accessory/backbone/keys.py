@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accessory.backbone import store
 from accessory.backbone.llama import Llama, LlamaConfig
+from accessory.nn.moe import MoEConfig
 from accessory.nn.rope import RopeScaling
 
 SHOWN = 20
@@ -73,6 +74,11 @@ def config_from_dict(fields: Mapping[str, Any]) -> LlamaConfig:
             values["rope_scaling"] = RopeScaling(**scaling)
         except TypeError as error:
             raise ValueError(f"backbone.rope_scaling {scaling!r} is wrong: {error}") from None
+    if values.get("moe") is not None:
+        try:
+            values["moe"] = MoEConfig(**values["moe"])
+        except TypeError as error:
+            raise ValueError(f"backbone.moe {values['moe']!r} is wrong: {error}") from None
     return LlamaConfig(**values)
 
 

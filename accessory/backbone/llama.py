@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from accessory.nn.attention import Attention
-from accessory.nn.block import Block
+from accessory.nn.block import Block, Order
 from accessory.nn.cache import KVCache
 from accessory.nn.feed_forward import Activation, FeedForward, ffn_width
 from accessory.nn.linear import Linear, product
-from accessory.nn.norm import RMSNorm
+from accessory.nn.moe import MoEConfig, MoEFeedForward
+from accessory.nn.norm import LayerNorm, Norm, RMSNorm
 from accessory.nn.packed import Packed
 from accessory.nn.rope import RopeScaling, table
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and options. ``ffn_dim`` None applies Meta's rule; ``window`` is Mistral's; ``norm_offset``,
-    ``embed_scale`` and ``activation`` are Gemma's; ``qkv_bias`` is Qwen's."""
+    ``embed_scale`` and ``activation`` are Gemma's; ``qkv_bias`` is Qwen's, with ``out_bias`` InternLM's; ``moe`` is
+    Mixtral's; ``norm`` "layer", ``gated`` False, ``order`` and ``mlp_bias`` are Falcon's."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -43,6 +45,12 @@ class LlamaConfig:
     window: int | None = None
     embed_scale: float | None = None
     activation: Activation = "silu"
+    out_bias: bool = False
+    mlp_bias: bool = False
+    norm: Norm = "rms"
+    gated: bool = True
+    order: Order = "sequential"
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads % self.kv_heads:
@@ -53,6 +61,10 @@ class LlamaConfig:
             raise ValueError(f"head_dim {self.head_width} is odd; rotary embedding needs pairs")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.norm == "layer" and self.norm_offset:
+            raise ValueError(f"norm_offset {self.norm_offset} belongs to norm 'rms', not 'layer'")
+        if self.moe is not None and not self.gated:
+            raise ValueError("experts are gated: moe excludes gated=False")
 
     @property
     def kv_heads(self) -> int:
@@ -90,14 +102,15 @@ class Llama(nn.Module):
         self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
         self.layers = nn.ModuleList(
             Block(
-                Attention(c.dim, c.n_heads, c.kv_heads, c.head_width, c.qkv_bias),
-                FeedForward(c.dim, c.hidden_width, c.activation),
-                RMSNorm(c.dim, c.norm_eps, c.norm_offset),
-                RMSNorm(c.dim, c.norm_eps, c.norm_offset),
+                Attention(c.dim, c.n_heads, c.kv_heads, c.head_width, c.qkv_bias, c.out_bias),
+                _feed_forward(c),
+                _norm(c),
+                None if c.order == "parallel_one_norm" else _norm(c),
+                parallel=c.order != "sequential",
             )
             for _ in range(c.n_layers)
         )
-        self.norm = RMSNorm(c.dim, c.norm_eps, c.norm_offset)
+        self.norm = _norm(c)
         # Registered either way, so that "tied" is visible as a missing key and not as a second copy of the table.
         self.register_module("output", None if c.tie_embeddings else Linear(c.dim, c.vocab_size))
         self.register_module("output_kernel", None)
@@ -182,6 +195,18 @@ class Llama(nn.Module):
         if tap is None:
             return self.norm(x)
         return outputs[wanted[0]] if isinstance(tap, int) else tuple(outputs[i] for i in wanted)
+
+
+def _norm(c: LlamaConfig) -> nn.Module:
+    return LayerNorm(c.dim, c.norm_eps) if c.norm == "layer" else RMSNorm(c.dim, c.norm_eps, c.norm_offset)
+
+
+def _feed_forward(c: LlamaConfig) -> nn.Module:
+    if c.moe is None:
+        return FeedForward(c.dim, c.hidden_width, c.activation, c.gated, c.mlp_bias)
+    m = c.moe
+    width = c.hidden_width
+    return MoEFeedForward(c.dim, width, m.experts, m.top, c.dim, m.renormalise, c.activation, c.mlp_bias)
 
 
 def tap_layers(tap: Tap, n_layers: int) -> tuple[int, ...]:

@@ -1,15 +1,14 @@
 """Tensor-parallel checkpoints: Meta's ``consolidated.NN.pth``, LLaMA2-Accessory's ``consolidated.NN-of-MM.model.pth``
-and the same shards as safetensors, merged key by key."""
+(or ``model-diff.pth``, a difference) and the same shards as safetensors, merged key by key."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from accessory.backbone import store
@@ -18,10 +17,11 @@ from accessory.backbone.keys import check_keys, expected_shapes, write_config
 from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.sizes import SIZES, find_size
 from accessory.nn.rope import RopeScaling
+from accessory.parallel.axes import merge_shards, split_shards
 
-PATTERN = re.compile(r"consolidated\.(?P<rank>\d+)(?:-of-(?P<of>\d+)\.model)?\.(?P<kind>pth|safetensors)")
-COLUMN = ("wq", "wk", "wv", "w1", "w3", "output")
-ROW = ("wo", "w2")
+PATTERN = re.compile(
+    r"consolidated\.(?P<rank>\d+)(?:-of-(?P<of>\d+)\.model(?P<diff>-diff)?)?\.(?P<kind>pth|safetensors)"
+)
 # of LLaMA2-Accessory's and Meta's arguments: those that say nothing about the function
 IDLE = {
     "max_batch_size",
@@ -35,16 +35,6 @@ IDLE = {
 }
 
 
-def shard_axis(name: str) -> int | None:
-    """The dimension that tensor parallelism cuts of a parameter, or None where every rank holds it whole."""
-    *_, layer, suffix = ("", *name.split("."))
-    if layer in COLUMN:
-        return 0
-    if layer in ROW:
-        return 1 if suffix == "weight" else None
-    return 1 if layer == "tok_embeddings" else None
-
-
 def shard_files(folder: Path) -> list[Path]:
     """The shards of a folder in rank order.
 
@@ -55,7 +45,7 @@ def shard_files(folder: Path) -> list[Path]:
     found = {p: m for p in sorted(folder.iterdir()) if (m := PATTERN.fullmatch(p.name))}
     if not found:
         raise ValueError(f"{folder} holds no consolidated shards")
-    styles = {(m["of"], m["kind"]) for m in found.values()}
+    styles = {(m["of"], m["kind"], m["diff"]) for m in found.values()}
     if len(styles) > 1:
         names = ", ".join(p.name for p in list(found)[:20])
         raise ValueError(f"{folder} mixes shards of several checkpoints or formats: {names}; keep one")
@@ -73,59 +63,13 @@ def shard_files(folder: Path) -> list[Path]:
     return [by_rank[i] for i in range(count)]
 
 
-def merge(shards: Sequence[Mapping[str, Tensor]], where: str = "the shards") -> dict[str, Tensor]:
-    """Whole tensors from one dictionary a rank.
-
-    Raises:
-        ValueError: listing keys that some ranks lack, that do not join, or whose copies on the ranks differ.
-    """
-    names = list(dict.fromkeys(k for s in shards for k in s))
-    wrong: list[str] = []
-    whole: dict[str, Tensor] = {}
-    for name in names:
-        parts = [s[name] for s in shards if name in s]
-        axis = shard_axis(name)
-        if len(parts) < len(shards):
-            wrong.append(f"{name} (in {len(parts)} of {len(shards)} shards)")
-        elif len(parts) == 1:
-            whole[name] = parts[0]
-        elif axis is None:
-            if any(not torch.equal(p, parts[0]) for p in parts[1:]):
-                wrong.append(f"{name} (differs between shards, but is not sharded)")
-            whole[name] = parts[0]
-        elif len({(p.ndim, *p.shape[:axis], *p.shape[axis + 1 :]) for p in parts}) > 1 or parts[0].ndim <= axis:
-            wrong.append(f"{name} (shapes {[tuple(p.shape) for p in parts]} do not join)")
-        else:
-            whole[name] = torch.cat(parts, axis)
-    if wrong:
-        raise ValueError(f"{where}: {len(wrong)} tensor(s) cannot be merged: {', '.join(wrong[:20])}")
-    return whole
-
-
-def split(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The inverse of :func:`merge`: one dictionary a rank; unsharded tensors are repeated.
-
-    Raises:
-        ValueError: listing tensors whose sharded dimension ``count`` does not divide.
-    """
-    axes = {k: shard_axis(k) for k in tensors}
-    wrong = [f"{k} {tuple(v.shape)}" for k, v in tensors.items() if (a := axes[k]) is not None and v.shape[a] % count]
-    if count < 1 or wrong:
-        raise ValueError(f"tensor-parallel {count} does not divide {', '.join(wrong[:20])}")
-    shards: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for name, tensor in tensors.items():
-        axis = axes[name]
-        parts = [tensor] * count if axis is None else tensor.chunk(count, axis)
-        for shard, part in zip(shards, parts):
-            shard[name] = part
-    return shards
-
-
-def merge_folder(folder: Path, *, pickles: bool = False) -> dict[str, Tensor]:
+def merge_folder(folder: Path, *, pickles: bool = False, whole: Collection[str] = ()) -> dict[str, Tensor]:
     """All tensors of a folder of shards, whole, without the prefix ``llma.`` and rotary tables.
 
+    ``whole``: layers that every rank holds whole, see :func:`accessory.parallel.axes.shard_rule`.
+
     Raises:
-        ValueError: as :func:`shard_files`, :func:`merge` and ``load_pickle``.
+        ValueError: as :func:`shard_files`, ``merge_shards`` and ``load_pickle``.
     """
     shards = []
     for path in shard_files(folder):
@@ -137,7 +81,7 @@ def merge_folder(folder: Path, *, pickles: bool = False) -> dict[str, Tensor]:
             raise ValueError(f"{path} holds entries that are not tensors: {', '.join(map(str, odd[:20]))}")
         names = {k: k.removeprefix("llma.") for k in state}
         shards.append({n: state[k] for k, n in names.items() if n != "rope.freqs" and not n.endswith("freqs_cis")})
-    return merge(shards, str(folder))
+    return merge_shards(shards, str(folder), whole)
 
 
 def read_meta(folder: Path, *, pickles: bool = False) -> tuple[LlamaConfig, dict[str, Tensor]]:
@@ -151,6 +95,8 @@ def read_meta(folder: Path, *, pickles: bool = False) -> tuple[LlamaConfig, dict
     if not names:
         raise ValueError(f"{folder} has neither params.json (Meta) nor config.json (LLaMA2-Accessory)")
     params = store.read_json(folder / names[0])
+    if shard_files(folder)[0].stem.endswith("-diff"):
+        raise ValueError(f"{folder} holds a difference; convert the folder that it belongs to with --overlay {folder}")
     tensors = merge_folder(folder, pickles=pickles)
     table = tensors.get("tok_embeddings.weight")
     if table is None or table.ndim != 2:
@@ -206,6 +152,6 @@ def save_shards(config: LlamaConfig, tensors: Mapping[str, Tensor], folder: Path
         )
     check_keys(expected_shapes(config), tensors, "the model to save")
     with store.atomic_folder(folder) as private:
-        for rank, shard in enumerate(split(tensors, count)):
+        for rank, shard in enumerate(split_shards(tensors, count)):
             store.write_file(shard, private / f"consolidated.{rank:02d}-of-{count:02d}.model.safetensors")
         write_config(private, config)

@@ -6,8 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+from accessory.backbone import families
+from accessory.backbone.hf_rope import read_rope, write_rope
 from accessory.backbone.llama import LlamaConfig
+from accessory.nn.block import Order
 from accessory.nn.feed_forward import Activation
+from accessory.nn.moe import MoEConfig
 from accessory.nn.rope import RopeScaling
 
 
@@ -58,6 +62,23 @@ def _smol(shape: tuple[int, int, int, int, int], theta: float = 1e5) -> LlamaCon
     return _size(shape, 49152, 8192, theta, tie_embeddings=True)
 
 
+def _internlm(shape: tuple[int, int, int, int, int], bias: bool) -> LlamaConfig:
+    return _size(shape, 103168, 2048 if bias else 4096, eps=1e-6, qkv_bias=bias, out_bias=bias)
+
+
+def _internlm2(shape: tuple[int, int, int, int, int]) -> LlamaConfig:
+    return _size(shape, 92544, 32768, 1e6)
+
+
+def _falcon(shape: tuple[int, int, int, int, int], order: Order = "parallel") -> LlamaConfig:
+    return _size(
+        shape, 65024, 2048, order=order, norm="layer", gated=False, activation="gelu", tie_embeddings=True
+    )  # fmt: skip
+
+
+# As published: a loss summed over the two experts of a token, with weight 0.02.
+_MIXTRAL = MoEConfig(experts=8, top=2, balance=0.04)
+
 SIZES: dict[str, LlamaConfig] = {
     "llama-7b": _size((4096, 32, 32, 32, 11008), 32000, 2048, eps=1e-6),
     "llama-13b": _size((5120, 40, 40, 40, 13824), 32000, 2048, eps=1e-6),
@@ -91,10 +112,21 @@ SIZES: dict[str, LlamaConfig] = {
     "smollm2-135m": _smol((576, 30, 9, 3, 1536)),
     "smollm2-360m": _smol((960, 32, 15, 5, 2560)),
     "smollm2-1.7b": _smol((2048, 24, 32, 32, 8192), 1.3e5),
+    "mixtral-8x7b": _size((4096, 32, 32, 8, 14336), 32000, 32768, 1e6, moe=_MIXTRAL),
+    "mixtral-8x22b": _size((6144, 56, 48, 8, 16384), 32000, 65536, 1e6, moe=_MIXTRAL),
+    "internlm-7b": _internlm((4096, 32, 32, 32, 11008), bias=True),
+    "internlm-20b": _internlm((5120, 60, 40, 40, 13824), bias=False),
+    "internlm2-1.8b": _internlm2((2048, 24, 16, 8, 8192)),
+    "internlm2-7b": _internlm2((4096, 32, 32, 8, 14336)),
+    "internlm2-20b": _internlm2((6144, 48, 48, 8, 16384)),
+    "falcon-7b": _falcon((4544, 32, 71, 1, 18176), "parallel_one_norm"),
+    "falcon-40b": _falcon((8192, 60, 128, 8, 32768)),
+    "falcon-180b": _falcon((14848, 80, 232, 8, 59392)),
 }
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma", *families.MODEL_TYPES)
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+WINDOWS = {"mistral": 4096, "mixtral": None}  # by default, for those that have one in all layers
 # Read below, one by one.
 READ = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -112,7 +144,7 @@ IDLE = (
 
 
 def from_hf_config(config: Mapping[str, Any]) -> LlamaConfig:
-    """Our config from a Hugging Face ``config.json`` of model_type llama, mistral, qwen2 or gemma.
+    """Our config from a Hugging Face ``config.json`` of one of ``MODEL_TYPES``.
 
     Raises:
         ValueError: for another model_type, a missing size, and every option that we do not know or cannot compute.
@@ -120,10 +152,11 @@ def from_hf_config(config: Mapping[str, Any]) -> LlamaConfig:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
+    config, options = families.as_llama(config)
     known = {*READ.split(), *IDLE.split()}
     # transformers writes what it derived: no window in any layer, or one in all
     layer_types = config.get("layer_types") or ()
-    if any(t != ("full_attention" if kind == "qwen2" else "sliding_attention") for t in layer_types):
+    if any(t != ("sliding_attention" if kind == "mistral" else "full_attention") for t in layer_types):
         raise ValueError(f"layer_types {sorted(set(layer_types))} of model_type {kind} is not supported")
     # None and False are switches that are off
     extra = sorted(k for k, v in config.items() if k not in known and k != "layer_types" and v not in (None, False))
@@ -142,7 +175,7 @@ def from_hf_config(config: Mapping[str, Any]) -> LlamaConfig:
         raise ValueError(f"hidden_act {act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     dim, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     head_dim = config.get("head_dim") or (256 if gemma else None)
-    theta, scaling = _from_hf_rope(config)
+    theta, scaling = read_rope(config)
     return LlamaConfig(
         dim=dim,
         n_layers=config["num_hidden_layers"],
@@ -156,64 +189,12 @@ def from_hf_config(config: Mapping[str, Any]) -> LlamaConfig:
         max_length=config.get("max_position_embeddings") or 2048,
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=kind == "qwen2",
         tie_embeddings=config.get("tie_word_embeddings", gemma),
-        window=config.get("sliding_window", 4096) if kind == "mistral" else None,
+        window=config.get("sliding_window", WINDOWS[kind]) if kind in WINDOWS else None,
         embed_scale=math.sqrt(dim) if gemma else None,
         activation=cast(Activation, ACTIVATIONS[act]),
+        **{"qkv_bias": kind == "qwen2", **options},
     )
-
-
-# Hugging Face's option -> ours, for each scaling; anything else in the dictionary is an error.
-ROPE_OPTIONS: dict[str, dict[str, str]] = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_length",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_length",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-    },
-}
-
-
-def _from_hf_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    options = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = float(options.pop("rope_theta", None) or config.get("rope_theta") or 1e4)
-    older = options.pop("type", None)
-    kind = options.pop("rope_type", None) or older or "default"
-    if options.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor below 1 is not supported")
-    if kind == "dynamic":
-        raise ValueError(
-            "rope scaling 'dynamic' is not supported: its base changes with the length of each sequence, which no "
-            "fixed table and no cache can follow; 'ntk' (a fixed base) is its static form"
-        )
-    if kind == "default":
-        extra, scaling = options, None
-    elif kind in ROPE_OPTIONS:
-        if options.get("truncate") is True:
-            del options["truncate"]  # the default
-        extra = {k: v for k, v in options.items() if k not in ROPE_OPTIONS[kind] and v is not None}
-        given = {ours: options[hf] for hf, ours in ROPE_OPTIONS[kind].items() if options.get(hf) is not None}
-        given.setdefault("original_length", config.get("max_position_embeddings") or 2048)
-        if "factor" not in given:
-            raise ValueError(f"rope scaling {kind!r} misses its factor")
-        scaling = RopeScaling(kind, **given)  # type: ignore[arg-type]
-    else:
-        raise ValueError(f"rope scaling {kind!r} is not supported; supported: default, {', '.join(ROPE_OPTIONS)}")
-    if extra:
-        raise ValueError(
-            f"rope scaling {kind!r}: options not supported: {', '.join(f'{k}={extra[k]!r}' for k in extra)}"
-        )
-    return theta, scaling
 
 
 def model_type(config: LlamaConfig) -> str:
@@ -222,49 +203,52 @@ def model_type(config: LlamaConfig) -> str:
     Raises:
         ValueError: when none can: a mixture of features that no published family has.
     """
-    gemma = LlamaConfig(norm_offset=1.0, embed_scale=math.sqrt(config.dim), activation="gelu_tanh")
-    plain = LlamaConfig()
+    c = config
+    biases = (c.qkv_bias, c.out_bias, c.mlp_bias)
+    form = (c.norm, c.gated, c.order)
+    gemma_scale = c.embed_scale is not None and math.isclose(c.embed_scale, math.sqrt(c.dim), rel_tol=1e-6)
+    if c.moe is not None:
+        if form == _LLAMA_FORM and _plain(c) and not any(biases) and c.moe.renormalise and not c.moe.z:
+            return "mixtral"
+    elif form == _LLAMA_FORM and (c.norm_offset, c.activation) == (1.0, "gelu_tanh") and gemma_scale:
+        if not any(biases) and c.window is None:
+            return "gemma"
+    elif form == _LLAMA_FORM and _plain(c):
+        if biases == (True, False, False) and c.window is None:
+            return "qwen2"
+        if c.qkv_bias == c.out_bias and (c.window is None or not any(biases)):
+            return "llama" if c.window is None else "mistral"
+    elif (c.norm, c.gated, c.activation) == ("layer", False, "gelu") and c.embed_scale is None and c.window is None:
+        # In turn and with keys of their own, Falcon has as many key heads as query heads.
+        grouped = c.order == "sequential" and c.kv_heads not in (1, c.n_heads)
+        if len(set(biases)) == 1 and c.head_dim is None and not grouped:
+            return "falcon"
+    names = ("norm_offset", "embed_scale", "activation", "qkv_bias", "out_bias", "mlp_bias", "window", "norm", "gated")
+    stated = ", ".join(f"{name}={getattr(c, name)}" for name in (*names, "order", "moe"))
+    raise ValueError(f"no Hugging Face model_type has this mixture: {stated}")
 
-    def same(wanted: LlamaConfig) -> bool:
-        scale = config.embed_scale == wanted.embed_scale or (
-            None not in (config.embed_scale, wanted.embed_scale)
-            and math.isclose(cast(float, config.embed_scale), cast(float, wanted.embed_scale), rel_tol=1e-6)
-        )
-        return scale and (config.norm_offset, config.activation) == (wanted.norm_offset, wanted.activation)
 
-    if same(gemma) and not config.qkv_bias and config.window is None:
-        return "gemma"
-    if same(plain) and not (config.qkv_bias and config.window is not None):
-        return "qwen2" if config.qkv_bias else "llama" if config.window is None else "mistral"
-    raise ValueError(
-        "no Hugging Face model_type has this mixture: "
-        f"norm_offset={config.norm_offset}, embed_scale={config.embed_scale}, activation={config.activation}, "
-        f"qkv_bias={config.qkv_bias}, window={config.window}"
-    )
+_LLAMA_FORM = ("rms", True, "sequential")
+
+
+def _plain(c: LlamaConfig) -> bool:
+    return (c.norm_offset, c.embed_scale, c.activation) == (0.0, None, "silu")
+
+
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gemma": "Gemma", "mixtral": "Mixtral"}
 
 
 def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
     """A Hugging Face ``config.json``, the inverse of :func:`from_hf_config`.
 
-    Both spellings of the rotary options are written, so that transformers 4 and 5 read the same numbers. Static NTK
-    becomes the raised base that it is.
+    InternLM is written as the LLaMA with biases that it is, InternLM2 as a plain one.
 
     Raises:
         ValueError: as :func:`model_type`.
     """
-    kind, theta, scaling = model_type(config), config.rope_theta, config.rope_scaling
-    if scaling is not None and scaling.kind == "ntk":
-        width = config.head_width
-        theta, scaling = theta * scaling.factor ** (width / (width - 2)), None
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling is not None:
-        given = {hf: getattr(scaling, ours) for hf, ours in ROPE_OPTIONS[scaling.kind].items()}
-        # transformers insists on floats for all but the length
-        floats = {k: v if k.startswith("original") else float(v) for k, v in given.items() if v is not None}
-        rope = {"rope_type": scaling.kind, **floats}
-    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "gemma": "Gemma"}
+    kind = model_type(config)
     out: dict[str, Any] = {
-        "architectures": [f"{classes[kind]}ForCausalLM"],
+        "architectures": [f"{CLASSES.get(kind, kind.title())}ForCausalLM"],
         "model_type": kind,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_width,
@@ -275,9 +259,7 @@ def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_length,
-        "rope_theta": theta,
-        "rope_scaling": None if scaling is None else rope,
-        "rope_parameters": {**rope, "rope_theta": theta},
+        **write_rope(config.rope_theta, config.rope_scaling, config.head_width),
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "gelu_pytorch_tanh" if kind == "gemma" else "silu",
     }
@@ -285,13 +267,14 @@ def to_hf_config(config: LlamaConfig) -> dict[str, Any]:
         out["hidden_activation"] = "gelu_pytorch_tanh"
     if kind == "mistral":
         out["sliding_window"] = config.window
-    return out
+    return families.from_llama(kind, config, out)
 
 
 def find_size(config: LlamaConfig, rows: Mapping[str, LlamaConfig] = SIZES) -> str | None:
     """The row with the shapes of ``config`` (options aside), or None."""
 
     def shape(c: LlamaConfig) -> tuple[int, ...]:
-        return c.dim, c.n_layers, c.n_heads, c.kv_heads, c.head_width, c.hidden_width, c.vocab_size
+        experts = 0 if c.moe is None else c.moe.experts
+        return c.dim, c.n_layers, c.n_heads, c.kv_heads, c.head_width, c.hidden_width, c.vocab_size, experts, c.gated
 
     return next((name for name, row in rows.items() if shape(row) == shape(config)), None)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from accessory.backbone import gguf, hf, meta, store
+from accessory.backbone import gguf, hf, meta, reference_folders, store
 from accessory.backbone.keys import build_meta, check_keys, config_from_dict, expected_shapes, write_config
 from accessory.backbone.llama import Llama, LlamaConfig
 
@@ -31,7 +31,7 @@ def detect(folder: Path) -> Layout:
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
     path = folder / "config.json"
     ours = path.is_file() and store.read_json(path).get("format") == "accessory"
-    shards = [n for n in names if re.fullmatch(r"consolidated\.\d+(-of-\d+\.model)?\.(pth|safetensors)", n)]
+    shards = [n for n in names if re.fullmatch(r"consolidated\.\d+(-of-\d+\.model(-diff)?)?\.(pth|safetensors)", n)]
     model = [n for n in names if re.fullmatch(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?", n)]
     gguf = [n for n in names if n.endswith(".gguf")]
     found = [group[0] for group in (shards, model, gguf) if group]
@@ -52,22 +52,27 @@ def detect(folder: Path) -> Layout:
 
 
 def read_folder(
-    folder: Path, *, layout: Layout | None = None, pickles: bool = False
+    folder: Path, *, layout: Layout | None = None, pickles: bool = False, overlays: Sequence[Path] = ()
 ) -> tuple[LlamaConfig, dict[str, Tensor]]:
     """Config and strictly checked weights (our names and row order) of a folder in any layout.
 
     ``layout`` None detects it. ``pickles``: also read ``.pth``/``.bin`` files, with ``weights_only=True``; only the
-    convert command sets it.
+    convert command sets it. ``overlays``: folders of LLaMA2-Accessory laid over the first, see
+    :func:`accessory.backbone.reference_folders.read_reference`; what was tuned is folded in.
 
     Raises:
         ValueError: for everything that does not fit.
     """
     folder = Path(folder)
     layout = detect(folder) if layout is None else layout
+    if overlays and layout != "meta":
+        raise ValueError(f"{folder} has layout {layout}; folders are laid over those of LLaMA2-Accessory (meta) alone")
     if layout == "gguf":
         return gguf.load_gguf(gguf.single_file(folder))
     if layout == "hf":
         return hf.read_hf(folder, pickles=pickles)
+    if layout == "meta" and (overlays or reference_folders.llama_type(folder) not in (None, "llama")):
+        return reference_folders.fold(reference_folders.read_reference([folder, *overlays], pickles=pickles))
     if layout == "meta":
         return meta.read_meta(folder, pickles=pickles)
     stated = store.read_json(folder / "config.json").get("backbone")

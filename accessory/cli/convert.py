@@ -10,7 +10,14 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accessory.backbone.llama import Llama, LlamaConfig
+
+TARGET_HELP = "layout of DST; model: a model folder, from one of LLaMA2-Accessory that sees"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -21,62 +28,76 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
-    parser.add_argument("--to", dest="target", choices=("accessory", "hf"), default="accessory", help="layout of DST")
+    parser.add_argument("--overlay", type=Path, nargs="+", default=(), metavar="DIR", help="folders laid over SRC")
+    targets = ("accessory", "hf", "reference", "model")
+    parser.add_argument("--to", dest="target", choices=targets, default="accessory", help=TARGET_HELP)
+    parser.add_argument("--sparse", action="store_true", help="block-sparse experts (only --to reference)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
-    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
+    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (not --to hf)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest move of a logit, relative to the largest (default: by type)",
+    )
+    parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
     parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
+    parser.add_argument("--llama-type", metavar="TYPE", help="only --to model (default: that of SRC/meta.json)")
+    parser.add_argument(
+        "--clip-activation",
+        choices=("gelu", "quick_gelu"),
+        help="only --to model: what CLIP runs with (default: what the published code runs the released files with)",
+    )
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert, and print what was written.
+    """Convert, compare the logits of fixed prompts before and after, and print what was written.
 
     Raises:
         ValueError: for options that exclude each other and everything that reading or writing refuses.
+        GateError: when what was written is not the same model; it is removed then.
     """
     import torch
 
     from accessory.backbone.gguf import load_gguf, single_file
-    from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer, write_hf
-    from accessory.backbone.meta import save_shards
+    from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer
     from accessory.backbone.store import cast
-    from accessory.backbone.weights import detect, read_folder, save_accessory
+    from accessory.backbone.weights import detect, from_tensors, read_folder
+    from accessory.models.gate import hold, measure
 
     if (args.src / "config.yaml").is_file():
         return _trained(args)
-    if args.base is not None:
-        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
-    if args.tensor_parallel is not None and args.target != "accessory":
-        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
-    if args.max_shard_gb <= 0:
-        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    _check(args)
+    if args.target == "model":
+        return _pictured(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
-    if layout == "gguf":
+    if layout == "gguf" and not args.overlay:
         config, tensors = load_gguf(single_file(args.src), dtype or torch.bfloat16)
     else:
-        config, tensors = read_folder(args.src, layout=layout, pickles=True)
-        tensors = cast(tensors, dtype)
+        config, tensors = read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)
+    before = None if args.skip_gate else measure(from_tensors(config, tensors))
+    tensors = cast(tensors, dtype)
     tokenizer = args.tokenizer
     if tokenizer is None and args.src.is_dir() and has_tokenizer(args.src):
         tokenizer = args.src
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer")
-    limit = int(args.max_shard_gb * 1e9)
-    if args.target == "hf":
-        write_hf(config, tensors, args.dst, tokenizer, limit)
-    elif args.tensor_parallel is not None:
-        save_shards(config, tensors, args.dst, args.tensor_parallel)
-    else:
-        save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
-    if args.target == "accessory" and tokenizer is not None:
+    _write(args, config, tensors, tokenizer)
+    moved = None
+    if before is not None:
+        moved = hold(before, args.dst, "converting to", tolerance=args.tolerance, opened=_open)
+    if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
     count = sum(t.numel() for t in tensors.values())
     print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
+    said = "not compared (--skip-gate)" if moved is None else f"moved by {moved:.2g} of their largest"
+    print(f"logits of the fixed prompts: {said}")
     if tokenizer is not None:
         print(f"tokenizer: that of {tokenizer}")
     elif layout == "gguf":
@@ -86,12 +107,69 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _write(args: argparse.Namespace, config: LlamaConfig, tensors: dict[str, Tensor], tokenizer: Path | None) -> None:
+    """Write the folder that the options ask for."""
+    from accessory.backbone.hf import write_hf
+    from accessory.backbone.meta import save_shards
+    from accessory.backbone.reference_folders import write_reference
+    from accessory.backbone.weights import save_accessory
+
+    limit = int(args.max_shard_gb * 1e9)
+    if args.target == "hf":
+        write_hf(config, tensors, args.dst, tokenizer, limit)
+    elif args.target == "reference":
+        write_reference(config, tensors, args.dst, args.tensor_parallel or 1, args.sparse)
+    elif args.tensor_parallel is not None:
+        save_shards(config, tensors, args.dst, args.tensor_parallel)
+    else:
+        save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
+
+
+def _open(folder: Path) -> Llama:
+    """What was written, read again; LLaMA2-Accessory's files are pickles."""
+    from accessory.backbone.weights import from_tensors, read_folder
+
+    return from_tensors(*read_folder(folder, pickles=True))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.base is not None:
+        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
+    if args.tensor_parallel is not None and args.target in ("hf", "model"):
+        raise ValueError(
+            f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to {args.target}"
+        )
+    if args.sparse and args.target != "reference":
+        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    if (args.llama_type or args.clip_activation) and args.target != "model":
+        raise ValueError("--llama-type and --clip-activation need --to model")
+
+
+def _pictured(args: argparse.Namespace) -> int:
+    """A model with its encoders."""
+    from accessory.models.reference_folder import convert_pictured
+
+    if args.dtype or args.tokenizer or args.source not in ("auto", "meta"):
+        raise ValueError("--to model takes SRC as it is: no --dtype, --tokenizer or --from")
+    folders = [args.src, *args.overlay]
+    config = convert_pictured(folders, args.dst, kind=args.llama_type, activation=args.clip_activation, pickles=True)
+    assert config.tower is not None
+    print(f"{args.dst}: model folder with the tower {config.tower.preset}, template {config.template}")
+    for name, digest in config.tower.encoders.items():
+        print(f"encoder {name}: {digest}")
+    return 0
+
+
 def _trained(args: argparse.Namespace) -> int:
     import torch
 
     from accessory.models.export import export
 
-    if other := [f"--{n}" for n, v in (("to hf", args.target == "hf"), ("tensor-parallel", args.tensor_parallel)) if v]:
+    target = f"to {args.target}"
+    said = ((target, args.target != "accessory"), ("tensor-parallel", args.tensor_parallel), ("overlay", args.overlay))
+    if other := [f"--{n}" for n, v in said if v]:
         raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
     made = export(args.src, args.dst, getattr(torch, args.dtype) if args.dtype else None, args.base)
     count, size = (sum(f(t) for t in made.tensors.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))

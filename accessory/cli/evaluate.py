@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from accessory.models.generator import Generator
 
 CONTROLS: tuple[Control, ...] = ("none", "shuffled", "blind")
-OF_CHAT = ("controls", "retrieval")
+OF_CHAT = ("controls", "retrieval", "data")
 OF_GENERATORS = ("seed", "steps", "guidance", "solver", "time_shift", "sheet")
 SHEET = 24  # rows of a contact sheet, of all kinds together
 Sets = dict[str, "list[Query]"]
@@ -46,10 +46,12 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--cache", type=Path, help="asset cache")
     p.add_argument(
         "--out", type=Path, metavar="FILE.jsonl",
-        help="write every question, answer and verdict; a generator's file is gone on with",
+        help="write every question, answer and verdict; a generator's file is gone on with, and with --data this is a "
+        "folder that is (default: outputs/evaluate/MODEL)",
     )  # fmt: skip
     chat = p.add_argument_group("of chat models alone")
     chat.add_argument("--controls", nargs="+", choices=CONTROLS, help="default: none shuffled")
+    chat.add_argument("--data", type=Path, metavar="FILE.yaml", help="test sets of your own, see data_configs/examples")
     chat.add_argument("--retrieval", action="store_true", help="also name emoji by nearest neighbour in the encoder")
     drawn = p.add_argument_group("of generators alone")
     drawn.add_argument("--seed", type=int, help="what the noise of all pictures is derived from (default: 0)")
@@ -77,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.data is not None:
+        return _own(folder, args)
     return _draws(folder, args) if drawing else _answers(args)
 
 
@@ -102,6 +106,32 @@ def _answers(args: argparse.Namespace) -> int:
                         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     if args.retrieval:
         _retrieval(model.config, args.cache, model.net.tower)
+    return 0
+
+
+def _own(folder: Path, args: argparse.Namespace) -> int:
+    """Test sets of one's own: one file of items a set and control, and ``scores.json`` beside them."""
+    from accessory.evaluate.run import model_digest, run, write_scores
+    from accessory.evaluate.tasks import read_tasks
+    from accessory.serve.chat import load
+
+    if args.tasks or args.retrieval:
+        raise ValueError("--data names test sets of your own, --tasks and --retrieval are for the built-in ones")
+    sets = read_tasks(args.data)  # first: a mistake should not cost the loading of a model
+    out = args.out or Path("outputs") / "evaluate" / folder.resolve().name
+    model, results = load(folder, cache=args.cache, device=args.device).model, []
+    print("| task | pictures | items | scores | seconds |\n|---|---|---:|---|---:|", flush=True)
+    for tests in sets:
+        for control in args.controls or CONTROLS[:2]:
+            result = run(
+                model, tests, out / f"{tests.config.name}.{control}.jsonl", model_id=model_digest(folder),
+                control=control, limit=args.limit, batch_size=args.batch_size,
+            )  # fmt: skip
+            shown = "own" if control == "none" else control
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.totals.items())
+            print(f"| {result.task} | {shown} | {result.items} | {numbers} | {result.seconds:.0f} |", flush=True)
+            results.append(result)
+    write_scores(out / "scores.json", results)
     return 0
 
 

@@ -13,7 +13,7 @@ from accessory.data.targets import Fit, target
 from accessory.data.template import BOS, Control, Segment, Template, render
 from accessory.data.tiling import TilingConfig, cut
 from accessory.data.tokenizer import Tokenizer
-from accessory.schema import Encoded, Picture, Sample, Target, Turn
+from accessory.schema import IDS, Encoded, Picture, Sample, Target, Turn
 from accessory.tokens import DREAM, DREAM_END, DREAM_START, IGNORE, IMAGE, IMAGE_END, IMAGE_START, SKIP
 
 
@@ -35,7 +35,8 @@ class Encoder:
     With ``dream`` the assistant's pictures are targets.
 
     A real tile becomes ``tokens_per_tile`` image placeholders (between a start and an end placeholder when
-    ``start_end``), a blank one a single skip placeholder. Rows longer than ``max_length`` positions are rejected whole:
+    ``start_end``), or several such runs where that is a sequence of numbers, one for every view that the tower takes of
+    a tile; a blank one becomes a single skip placeholder. Rows longer than ``max_length`` positions are rejected whole:
     no run of placeholders is ever cut.
     """
 
@@ -44,20 +45,26 @@ class Encoder:
         tokenizer: Tokenizer,
         template: Template,
         tiling: TilingConfig,
-        tokens_per_tile: int,
+        tokens_per_tile: int | Sequence[int],
         max_length: int,
         start_end: bool = False,
         dream: DreamLayout | None = None,
     ) -> None:
-        if tokens_per_tile < 1 or max_length < 2:
+        self.runs = (tokens_per_tile,) if isinstance(tokens_per_tile, int) else tuple(tokens_per_tile)
+        if min(self.runs, default=0) < 1 or max_length < 2:
             raise ValueError(f"tokens_per_tile {tokens_per_tile} must be at least 1 and max_length {max_length} 2")
         self.tokenizer = tokenizer
         self.template = template
         self.tiling = tiling
-        self.tokens_per_tile = tokens_per_tile
+        self.tokens_per_tile = sum(self.runs)
         self.max_length = max_length
         self.start_end = start_end
         self.dream = dream
+
+    @property
+    def positions_per_tile(self) -> int:
+        """What a real tile costs."""
+        return self.tokens_per_tile + 2 * len(self.runs) * self.start_end
 
     @property
     def tile_size(self) -> int:
@@ -79,13 +86,20 @@ class Encoder:
             raise RowRejected(str(error), sample.source, sample.index) from error
 
     def _encode(self, sample: Sample, generate: bool) -> Encoded:
-        row = self.row(sample.turns, generate=generate)
+        row = self.packed(sample.meta[IDS]) if IDS in sample.meta else self.row(sample.turns, generate=generate)
         if len(row.ids) > self.max_length:
             n, pictures = len(row.ids), int((row.ids < 0).sum())
             raise ValueError(f"{n} positions ({pictures} of them pictures), the limit is {self.max_length}")
         if not generate and not bool((row.labels != IGNORE).any()):
             raise ValueError("nothing to learn: the assistant says nothing")
         return replace(row, source=sample.source, index=sample.index)
+
+    def packed(self, ids: list[int]) -> Encoded:
+        """A row of ids as they are, all of them learned. Raises ValueError for ids that the vocabulary lacks."""
+        if max(ids) >= self.tokenizer.vocab_size:
+            raise ValueError(f"id {max(ids)} is not in this vocabulary of {self.tokenizer.vocab_size}")
+        made = torch.tensor(ids, dtype=torch.long)
+        return Encoded(made, made.clone(), torch.zeros(0, 3, self.tiling.size, self.tiling.size))
 
     def row(self, turns: Sequence[Turn], *, generate: bool = False) -> Encoded:
         """Ids, labels and tiles of turns, whatever their length."""
@@ -137,7 +151,14 @@ class Encoder:
         image = open_picture(picture.source)
         plan = self.tiling.plan(*image.size)
         tiles.append(cut(image, plan))
-        real = [IMAGE] * self.tokens_per_tile
-        if self.start_end:
-            real = [IMAGE_START, *real, IMAGE_END]
+        real = tile_ids(self.runs, self.start_end)
         return [i for tile in plan.tiles for i in ([SKIP] if tile.blank else real)]
+
+
+def tile_ids(runs: Sequence[int], start_end: bool) -> list[int]:
+    """The placeholders of one real tile: of every view its features, between start and end with ``start_end``."""
+    out: list[int] = []
+    for length in runs:
+        features = [IMAGE] * length
+        out += [IMAGE_START, *features, IMAGE_END] if start_end else features
+    return out

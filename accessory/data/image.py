@@ -68,6 +68,18 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int] = FILL) -> Imag
     return square
 
 
+def center_square(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of the picture at ``size`` pixels a side: the shorter side resized to it, the longer cut.
+
+    Offsets are rounded half to even, as torchvision's ``CenterCrop`` does.
+    """
+    width, height = image.size
+    short = min(width, height)
+    image = resize(image, width * size // short, height * size // short)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """Bicubic with antialiasing (Pillow's filter, the one of the published recipes)."""
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
     "messages": {"messages": "messages", "role": "role", "content": "content"},
     "captions": {"image": "image", "caption": "caption"},
+    "describe": {"image": "image", "caption": "caption", "prompt": "prompt"},
+    "text": {"text": "text"},
+    "packed": {"ids": "ids"},
+    "task": {
+        n: n for n in (
+            "image", "task", "question", "phrase", "answer", "answers", "options", "box", "boxes", "objects", "points",
+            "mark", "hint", "category", "group", "id",
+        )
+    },
 }  # fmt: skip
 """Our column names by kind, with the names that files usually have."""
 
@@ -39,16 +48,19 @@ class Layout:
         self._columns = {**COLUMNS[kind], **columns}
         self._root = root
         self._image_first = image_first
-        self._read = {
+        self._read: Callable[[Mapping[str, Any]], Iterator[Turn]] | None = {
             "llava": self._conversation,
             "sharegpt": self._conversation,
             "alpaca": self._alpaca,
             "messages": self._messages,
             "captions": self._caption,
-        }[kind]
+            "describe": self._description,
+            "text": self._document,
+        }.get(kind)  # rows of tasks are read by data/task_rows.py
 
     def turns(self, row: Mapping[str, Any]) -> tuple[Turn, ...]:
         """The dialogue of a row; ValueError says what is wrong with it."""
+        assert self._read is not None
         turns = tuple(self._read(row))
         if not any(t.role == "assistant" for t in turns):
             raise ValueError("nobody answers: the row has no assistant turn")
@@ -136,6 +148,20 @@ class Layout:
         yield Turn("user", (caption,))
         yield Turn("assistant", (pictures[0],))
 
+    def _description(self, row: Mapping[str, Any]) -> Iterator[Turn]:
+        """A picture to be described, asked with the row's prompt where it has one; of several captions the first."""
+        pictures, caption = self._pictures(row), self._get(row, "caption")
+        caption = _text(caption[0] if isinstance(caption, list) and caption else caption).strip()
+        if len(pictures) != 1 or not caption:
+            raise ValueError(f"a caption needs one picture and some text, the row has {len(pictures)} and {caption!r}")
+        prompt = self._optional(row, "prompt")
+        yield Turn("user", (*pictures, *(() if prompt is None else (_text(prompt).strip(),))))
+        yield Turn("assistant", (caption,))
+
+    def _document(self, row: Mapping[str, Any]) -> Iterator[Turn]:
+        """Plain text to go on learning the language from, all of it learned (template ``plain``)."""
+        yield Turn("assistant", (_text(self._get(row, "text")),))
+
     def _part(self, part: object) -> Part:
         if isinstance(part, str):
             return part
@@ -168,6 +194,14 @@ class Layout:
         if not path.is_file():
             raise ValueError(f"no picture at {path} (the folder that pictures count from is root: {self._root})")
         return Picture(str(path))
+
+
+def packed_ids(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[int]:
+    """The ids of a packed row; ValueError where there are none, or something else."""
+    ids = row.get({**COLUMNS["packed"], **columns}["ids"])
+    if not isinstance(ids, list) or len(ids) < 2 or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"a packed row needs a list of at least two ids, got {ids!r:.80}")
+    return ids
 
 
 def _data_url(url: str) -> bytes:

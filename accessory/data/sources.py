@@ -14,17 +14,26 @@ from typing import Any, Literal, Protocol
 from accessory import config as configuration
 from accessory.data import layouts
 from accessory.data.files import Rows, open_rows
+from accessory.data.grounding import BoxForm
 from accessory.data.rows import RowRejected
-from accessory.schema import CAPTION, Sample
+from accessory.data.task_rows import TaskLayout
+from accessory.schema import CAPTION, IDS, Sample
 
 _PROBED = 20  # rows read at start, so that a wrong column map is seen before training begins
 
 
 @dataclass(frozen=True)
 class FileOptions:
-    """``image_first`` puts the pictures of rows without ``<image>`` at the start."""
+    """``image_first`` puts the pictures of rows without ``<image>`` at the start.
+
+    Of kind ``task``: ``task`` is a name of ``task_prompts.TASKS`` or an own wording, ``boxes`` how the file writes them
+    (pixels ``xyxy`` or ``xywh``, or ``square``: fractions of the padded square), ``decimals`` how we do.
+    """
 
     image_first: bool = False
+    task: str = ""
+    boxes: BoxForm = "xyxy"
+    decimals: int = 3
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class FileConfig:
     other sources, ``name`` a label for the ledger.
     """
 
-    kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions"]
+    kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions", "describe", "text", "packed", "task"]
     path: str
     root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +58,8 @@ class FileConfig:
         problems = [f"columns: {c!r} is none of {', '.join(known)}" for c in self.columns if c not in known]
         if not self.path:
             problems.append("path: '' names no file")
+        if not 1 <= self.options.decimals <= 6:
+            problems.append(f"options.decimals: {self.options.decimals} is not within 1..6")
         _complain(problems + _weight(self.weight))
 
 
@@ -110,7 +121,13 @@ class FileSource:
         self._rows = rows
         self._caption = config.kind == "captions"
         root = Path(config.root) if config.root else Path(config.path).parent
-        self._layout = layouts.Layout(config.kind, config.columns, root.resolve(), config.options.image_first)
+        options = config.options
+        self._tasks: TaskLayout | None = None
+        self._layout: layouts.Layout | None = None
+        if config.kind == "task":
+            self._tasks = TaskLayout(config.columns, root.resolve(), options.task, options.boxes, options.decimals)
+        elif config.kind != "packed":
+            self._layout = layouts.Layout(config.kind, config.columns, root.resolve(), options.image_first)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -118,7 +135,13 @@ class FileSource:
     def __getitem__(self, index: int) -> Sample:
         """Row ``index``; raises :class:`RowRejected` with the file and the row."""
         try:
-            turns = self._layout.turns(self._rows[index])
+            row = self._rows[index]
+            if self._tasks is not None:
+                return dataclasses.replace(self._tasks.sample(row, index), source=self.name, index=index)
+            if self._layout is None:
+                ids = layouts.packed_ids(row, self.config.columns)
+                return Sample((), source=self.name, index=index, meta={IDS: ids})
+            turns = self._layout.turns(row)
         except ValueError as error:
             raise RowRejected(str(error), self.config.path, index) from error
         return Sample(turns, source=self.name, index=index, meta={CAPTION: True} if self._caption else {})

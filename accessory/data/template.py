@@ -55,6 +55,7 @@ class Template:
     stop: tuple[Piece, ...] = ()
     strip: bool = True  # blanks around a turn's text are dropped
     pictures_first: bool = False  # the first turn's pictures stand before all text (SPHINX)
+    pictures_before_begin: bool = False  # and before ``begin`` too (LLaMA2-Accessory's models with a single CLIP)
     input_system: str | None = None  # the system text when the first user turn has an input (Alpaca)
     input_prefix: str | None = None
 
@@ -84,6 +85,53 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request."
 )
 
+_LLAVA = (
+    "You are LLaVA, a large language and vision assistant trained by UW Madison WAIV Lab."
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "Follow the instructions carefully and explain your answers in detail."
+)
+_SPHINX = Template(
+    name="sphinx",
+    begin=(BOS,),
+    system=_HUMAN,
+    system_suffix=("\n\n###",),
+    user_prefix=(" Human: ",),
+    user_suffix=("\n###",),
+    assistant_prefix=(" Assistant:",),
+    lead=" ",
+    end=("\n###",),
+    close=(EOS,),
+    stop=("\n###", EOS),
+    pictures_first=True,
+)
+_VICUNA = Template(
+    name="vicuna_v1_1",
+    begin=(BOS,),
+    system=_HUMAN.replace("human", "user"),
+    system_suffix=(" ",),
+    user_prefix=(" USER: ",),
+    user_suffix=(" ",),
+    assistant_prefix=(" ASSISTANT:",),
+    lead=" ",
+    end=(EOS,),
+    stop=(EOS,),
+)
+_STANFORD = Template(
+    name="alpaca",
+    begin=(BOS,),
+    system=_ALPACA,
+    user_prefix=("\n\n### Instruction:\n",),
+    user_suffix=("\n\n",),
+    assistant_prefix=("### Response:",),
+    end=(EOS,),
+    stop=(EOS,),
+    pictures_first=True,
+    input_system=_ALPACA_INPUT,
+    input_prefix="\n\n### Input:\n",
+)
+_SHORT = _ALPACA.replace("the request.", "the request using a single word or phrase.")
+
 _CHATML = Template(
     name="chatml",
     system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
@@ -98,47 +146,27 @@ _CHATML = Template(
     strip=False,
 )
 
+_PLAIN = Template(name="plain", begin=(BOS,), end=(EOS,), stop=(EOS,), pictures_first=True)
+
 TEMPLATES: dict[str, Template] = {
     t.name: t
     for t in (
+        _SPHINX,
+        replace(_SPHINX, name="multimodal", system=_LLAVA),
+        _VICUNA,
+        replace(_VICUNA, name="llava_v1", system=_LLAVA),
+        replace(_VICUNA, name="bair_v1", system="BEGINNING OF CONVERSATION:", assistant_prefix=(" GPT:",)),
+        _STANFORD,
+        replace(_STANFORD, name="alpaca_clip", pictures_before_begin=True),
+        replace(_STANFORD, name="alpaca_short", system=_SHORT, input_system=None, input_prefix=None),
         Template(
-            name="sphinx",
+            name="question",
             begin=(BOS,),
-            system=_HUMAN,
-            system_suffix=("\n\n###",),
-            user_prefix=(" Human: ",),
-            user_suffix=("\n###",),
-            assistant_prefix=(" Assistant:",),
-            lead=" ",
-            end=("\n###",),
-            close=(EOS,),
-            stop=("\n###", EOS),
-            pictures_first=True,
-        ),
-        Template(
-            name="vicuna_v1_1",
-            begin=(BOS,),
-            system=_HUMAN.replace("human", "user"),
-            system_suffix=(" ",),
-            user_prefix=(" USER: ",),
-            user_suffix=(" ",),
-            assistant_prefix=(" ASSISTANT:",),
-            lead=" ",
-            end=(EOS,),
-            stop=(EOS,),
-        ),
-        Template(
-            name="alpaca",
-            begin=(BOS,),
-            system=_ALPACA,
-            user_prefix=("\n\n### Instruction:\n",),
-            user_suffix=("\n\n",),
-            assistant_prefix=("### Response:",),
+            user_prefix=("Generate a question whose answer is:\n",),
+            user_suffix=("\n\nQuestion:\n",),
             end=(EOS,),
             stop=(EOS,),
             pictures_first=True,
-            input_system=_ALPACA_INPUT,
-            input_prefix="\n\n### Input:\n",
         ),
         Template(
             name="llama2",
@@ -153,10 +181,12 @@ TEMPLATES: dict[str, Template] = {
         ),
         _CHATML,
         replace(_CHATML, name="chatml_plain", system=None),
-        Template(name="plain", begin=(BOS,), end=(EOS,), stop=(EOS,), pictures_first=True),
+        _PLAIN,
+        replace(_PLAIN, name="plain_clip", pictures_before_begin=True),
     )
 }
-"""Templates by name; the shapes of ``sphinx`` are those of the published SPHINX weights."""
+"""Templates by name; the shapes of ``sphinx`` are those of the published SPHINX weights. ``*_clip`` are for those
+LLaMA2-Accessory models that read CLIP alone: their pictures precede the first token."""
 
 
 def get(name: str) -> Template:
@@ -177,7 +207,8 @@ def render(template: Template, turns: Sequence[Turn], *, generate: bool = False)
         raise ValueError("a dialogue needs at least one turn, and its last must be the user's to be answered")
     out = [Segment(p) for p in template.begin]
     if template.pictures_first:
-        out += [Segment(p) for p in dialogue[0].pictures]
+        pictures = [Segment(p) for p in dialogue[0].pictures]
+        out = pictures + out if template.pictures_before_begin else out + pictures
     system_block = [] if system is None else [*template.system_prefix, system, *template.system_suffix]
     inside = template.system_inside and dialogue[0].role == "user"
     if not inside:

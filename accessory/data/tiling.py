@@ -8,13 +8,13 @@ be free of it: in the middle, a 2:1 picture touches all four tiles of a 2x2 grid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from PIL import Image
 
-from accessory.data.image import FILL, pad_to_square, resize, to_tensor
+from accessory.data.image import FILL, center_square, pad_to_square, resize, to_tensor
 
 Box = tuple[int, int, int, int]
 
@@ -25,6 +25,7 @@ class TilingConfig:
 
     A grid of 1 is the global view alone; ``auto`` follows the resolution, ``aspect`` the ratio of the sides (a square
     picture of any resolution stays one view, a 4:1 one becomes four tiles and twelve skips); both at most ``max_grid``.
+    ``fit`` crop takes the middle square instead of padding to one; only a single view can do so.
     """
 
     size: int
@@ -32,6 +33,11 @@ class TilingConfig:
     global_view: bool = True
     skip: bool = True
     max_grid: int = 2
+    fit: Literal["pad", "crop"] = "pad"
+
+    def __post_init__(self) -> None:
+        if self.fit == "crop" and self.grid != 1:
+            raise ValueError(f"tiling.fit 'crop' cuts one view out of the picture; tiling.grid is {self.grid}, not 1")
 
     def plan(self, width: int, height: int) -> TilePlan:
         """The views of a picture of this size."""
@@ -40,7 +46,8 @@ class TilingConfig:
             grid = auto_grid(width, height, size=self.size, max_grid=self.max_grid)
         elif grid == "aspect":
             grid = aspect_grid(width, height, max_grid=self.max_grid)
-        return plan(width, height, size=self.size, grid=grid, global_view=self.global_view, skip=self.skip)
+        made = plan(width, height, size=self.size, grid=grid, global_view=self.global_view, skip=self.skip)
+        return made if self.fit == "pad" else replace(made, crop=True)
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,14 @@ class TilePlan:
     """Views in reading order: the global one, then the grid row by row.
 
     ``content`` is where the picture stands in the canvas of side ``canvas``; None when the whole padded square is
-    resized onto it.
+    resized onto it. ``crop``: the only view is the middle square of the picture.
     """
 
     tiles: tuple[Tile, ...]
     size: int
     canvas: int
     content: Box | None
+    crop: bool = False
 
     @property
     def num_real(self) -> int:
@@ -111,6 +119,8 @@ def _scaled(length: int, width: int, height: int, side: int) -> int:
 def cut(image: Image.Image, tile_plan: TilePlan) -> torch.Tensor:
     """The real tiles of an RGB picture as (num_real,3,S,S) in [0,1], in the plan's order."""
     size, side = tile_plan.size, tile_plan.canvas
+    if tile_plan.crop:
+        return to_tensor(center_square(image, size))[None]
     square = pad_to_square(image)
     canvas: Image.Image | None = None
     views = []

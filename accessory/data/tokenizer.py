@@ -63,6 +63,18 @@ class Tokenizer:
         head = [self.special("bos")] if bos else []
         return head + ids + ([self.special("eos")] if eos else [])
 
+    def after_blank(self, text: str) -> list[int]:
+        """Ids of ``text`` where it follows a blank inside a longer text; its own leading blanks do not count."""
+        text = text.lstrip(" ")
+        if not text and self.marks_start:
+            return []
+        return self.encode(f" {text}", glued=True)
+
+    @property
+    def marks_start(self) -> bool:
+        """Whether the vocabulary puts the mark of a word's start before every text (LLaMA's does)."""
+        return self.encode("my darling") != self.encode("my darling", glued=True)
+
     def special(self, name: str) -> int:
         """Id of a control token by its string, or by ``bos``, ``eos``, ``pad``. ValueError when there is none."""
         if name in _ALIASES:

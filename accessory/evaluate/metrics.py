@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
-Box = tuple[float, float, float, float]
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
+from accessory.data.grounding import Box, parse_boxes
 
 
 def normalise(text: str) -> str:
@@ -27,11 +24,7 @@ def same_text(answer: str, truth: str) -> bool:
 
 def parse_box(text: str) -> Box | None:
     """The first ``[x1,y1,x2,y2]`` in a text, or None. Corners may come in any order."""
-    found = _BOX.search(text)
-    if found is None:
-        return None
-    x1, y1, x2, y2 = (float(v) for v in found.groups())
-    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+    return next(iter(parse_boxes(text)), None)
 
 
 def iou(a: Box, b: Box) -> float:

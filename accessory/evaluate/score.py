@@ -90,14 +90,14 @@ def score(
         samples = [rows[chosen[k]] for k in part]
         if control != "none":
             # Half a turn around the set: no picture stays, and neighbours of one kind are left far behind.
-            samples = [_without(s, rows[chosen[(k + total // 2) % total]], control) for k, s in zip(part, samples)]
+            samples = [without(s, rows[chosen[(k + total // 2) % total]], control) for k, s in zip(part, samples)]
         for k, sample, answer in zip(part, samples, answers(model, samples), strict=True):
             truth = sample.turns[-1].text
             items.append(Item(chosen[k], sample.turns[-2].text, truth, answer, right(answer, truth)))
     return ScoreRow(task, control, sum(i.right for i in items), total, time.monotonic() - begin, tuple(items))
 
 
-def _without(sample: Sample, other: Sample, control: Control) -> Sample:
+def without(sample: Sample, other: Sample, control: Control) -> Sample:
     """The same question without its picture, or with another's."""
     pictures = other.turns[0].pictures if control == "shuffled" else ()
     words = tuple(p for p in sample.turns[0].parts if isinstance(p, str))
@@ -105,14 +105,29 @@ def _without(sample: Sample, other: Sample, control: Control) -> Sample:
 
 
 @torch.inference_mode()
-def answers(model: Model, samples: Sequence[Sample], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
-    """Greedy answers to the last question of each dialogue (its own last answer is not shown to the model)."""
+def answers(
+    model: Model,
+    samples: Sequence[Sample],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    *,
+    sampling: Sampling | None = None,
+    prefill: str = "",
+) -> list[str]:
+    """Answers to the last question of each dialogue (its own last answer is not shown to the model).
+
+    Greedy with at most ``max_new_tokens``, unless a ``sampling`` says otherwise, whose stops are added to the
+    template's. ``prefill`` is put into the model's mouth: answers begin behind it.
+    """
     rows = [model.encoder.encode(replace(s, turns=s.turns[:-1]), generate=True) for s in samples]
+    if prefill:
+        said = torch.tensor(model.tokenizer.encode(prefill, glued=True), dtype=torch.long)
+        rows = [replace(r, ids=torch.cat((r.ids, said))) for r in rows]
+    sampling = sampling or Sampling(max_new_tokens=max_new_tokens)
     stop = tuple(model.tokenizer.special(n) for n in model.template.stop_controls)
-    sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=stop)
+    sampling = replace(sampling, stop_ids=tuple(dict.fromkeys((*stop, *sampling.stop_ids))))
     tokens = generate(model.net.backbone, list(prompts(model, rows)), sampling=sampling)
-    texts = [model.tokenizer.decode([t for t in row if t not in stop]) for row in tokens]
-    return [_cut(text, model.template.stop_texts).strip() for text in texts]
+    texts = [model.tokenizer.decode([t for t in row if t not in sampling.stop_ids]) for row in tokens]
+    return [_cut(text, (*model.template.stop_texts, *sampling.stop)).strip() for text in texts]
 
 
 def prompts(model: Model, rows: Sequence[Encoded]) -> Iterator[Tensor]:

@@ -6,7 +6,6 @@ assets or folders that are named there. Base weights are never copied into it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,13 +26,14 @@ from accessory.data import assets, template, tokenizer
 from accessory.data.encode import Encoder
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
+from accessory.models.encoder_store import file_digest, read_encoder
 from accessory.models.mllm import MLLM
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.vision import presets
 from accessory.vision.projector import Kind, Projector
 from accessory.vision.resampler import Resampler
 from accessory.vision.tower import Tower
-from accessory.vision.weights import load_efficientnet_lite, load_tower
+from accessory.vision.weights import load_efficientnet_lite, load_encoders, load_tower
 
 ASSET = "asset:"
 CONFIG_FILE = "config.yaml"
@@ -108,10 +108,17 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones."""
+    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones.
+
+    ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``encoders``: the
+    SHA-256 of published encoders in the store (:mod:`accessory.models.encoder_store`) by their prefix, in place of
+    ``weights``.
+    """
 
     preset: str = "efficientnet-lite0"
     weights: str | None = "asset:efficientnet-lite0"
+    activation: presets.Activation | None = None
+    encoders: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         words,
         template.get(config.template),
         config.tiling,
-        projector.num_tokens if projector is not None else 1,
+        projector.runs(tower.runs) if tower is not None and projector is not None else 1,
         config.max_length,
         start_end=config.projector is not None and config.projector.start_end,
     )
@@ -212,7 +219,7 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
     assert config.base is not None
     folder = base_folder(config.base)
     base = load(folder, cache=cache)
-    own, digest = config.base_sha256, _digest(folder / WEIGHTS_FILE)
+    own, digest = config.base_sha256, file_digest(folder / WEIGHTS_FILE)
     if own not in (None, digest):
         raise ValueError(
             f"model.base {config.base} is not the one that this model was trained on: {folder / WEIGHTS_FILE} has "
@@ -236,11 +243,6 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
         attach(base.net, config.tuning, dtype=torch.float32)
     base.net.requires_grad_(False) if not train else _promote(base.net)
     return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _promote(net: nn.Module) -> None:
@@ -286,7 +288,12 @@ def _gguf(path: Path) -> Path | None:
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     """An encoder with its weights, frozen or not as it comes from the library."""
-    tower = presets.build(config.preset)
+    tower = presets.build(config.preset, config.activation)
+    if config.encoders:
+        if config.weights is not None:
+            raise ValueError(f"tower.weights is {config.weights!r} and tower.encoders is given: write one of them")
+        load_encoders(tower, {name: read_encoder(sha, name, cache) for name, sha in config.encoders.items()})
+        return tower
     if config.weights is None:
         return tower
     if config.weights.startswith(ASSET):

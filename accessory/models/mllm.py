@@ -36,6 +36,8 @@ class MLLM(nn.Module):
         super().__init__()
         if (tower is None) != (projector is None and resampler is None):
             raise ValueError("a tower needs a projector or a resampler, and either of them needs a tower")
+        if resampler is not None and tower is not None and len(tower.runs) > 1:
+            raise ValueError(f"a resampler takes one view of a picture, this tower has {len(tower.runs)}")
         self.backbone = backbone
         self.register_module("tower", tower)
         self.register_module("projector", projector)
@@ -48,20 +50,24 @@ class MLLM(nn.Module):
             raise ValueError("this model has no tower: it reads text only")
         return self.projector(self.tower.tokens(tiles))
 
-    def context(self, ids: Tensor, tiles: Tensor) -> Tensor | None:
+    def context(self, ids: Tensor, tiles: Tensor, counts: Tensor | None = None) -> Tensor | None:
         """Visual prefix (B, M, D) of the tiles (N, 3, S, S) in ids (B, T): the mean over a row's tiles, zeros where it
         has none. None for a model that does not see through its prefix.
+
+        ``counts`` (B) says how many tiles each row has where ids hold no placeholders for them: published
+        LLaMA-Adapters give a picture no position at all.
 
         Raises:
             ValueError: when placeholders and tiles differ in number; both are named.
         """
         if self.tower is None or self.resampler is None:
             return None
-        per_tile = 1 if self.projector is None else self.projector.num_tokens
-        counts = (ids == IMAGE).sum(1) // per_tile
+        if counts is None:
+            per_tile = 1 if self.projector is None else self.projector.num_tokens
+            counts = (ids == IMAGE).sum(1) // per_tile
         if int(counts.sum()) != tiles.shape[0]:
             raise ValueError(f"the batch has placeholders of {int(counts.sum())} tiles, but there are {len(tiles)}")
-        prefix = self.resampler(self.tower(tiles).patches)
+        prefix = self.resampler(self.tower(tiles).sequence())
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
         total = prefix.new_zeros(len(ids), *prefix.shape[1:]).index_add(0, rows, prefix)
         return total / counts.clamp_min(1)[:, None, None]

@@ -24,13 +24,21 @@ class Attention(nn.Module):
     prefix: nn.Module | None
     fused: Packed | None
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qkv_bias: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.wq = Linear(dim, n_heads * head_dim, bias=qkv_bias)
         self.wk = Linear(dim, n_kv_heads * head_dim, bias=qkv_bias)
         self.wv = Linear(dim, n_kv_heads * head_dim, bias=qkv_bias)
-        self.wo = Linear(n_heads * head_dim, dim)
+        self.wo = Linear(n_heads * head_dim, dim, bias=out_bias)
         self.register_module("prefix", None)
         self.register_module("fused", None)
 

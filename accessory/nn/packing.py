@@ -21,7 +21,9 @@ def pack(model: nn.Module, attention: type[nn.Module]) -> None:
         if isinstance(module, attention) and _plain(layer.wq, layer.wk, layer.wv):
             layer.fused = Packed((layer.wq.weight, layer.wk.weight, layer.wv.weight))
             layer.wo.kernel = packed(layer.wo)
-        elif isinstance(module, FeedForward) and _plain(module.w1, module.w3):
+        elif isinstance(module, FeedForward) and module.w3 is None:
+            module.w1.kernel, module.w2.kernel = packed(module.w1), packed(module.w2)
+        elif isinstance(module, FeedForward) and module.w3 is not None and _plain(module.w1, module.w3):
             module.fused = Packed((module.w1.weight, module.w3.weight))
             module.w2.kernel = packed(module.w2)
 

@@ -148,7 +148,7 @@ class Reader:
     def positions(self, width: int, height: int) -> int:
         """Positions that a picture of that size takes."""
         encoder = self.model.encoder
-        tile = encoder.tokens_per_tile + 2 * encoder.start_end
+        tile = encoder.positions_per_tile
         return sum(1 if t.blank else tile for t in encoder.tiling.plan(width, height).tiles)
 
     def prompt(self, turns: Sequence[Turn]) -> Prompt:

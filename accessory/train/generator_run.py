@@ -126,7 +126,7 @@ def row_encoder(config: GeneratorRunConfig, generator: Generator) -> RowEncoder:
     own, queries = generator.conditioner.model.encoder, generator.conditioner.dream.config.num_queries
     seen = config.seen and generator.conditioner.dream.net.projector is not None
     return Encoder(
-        own.tokenizer, own.template, own.tiling, own.tokens_per_tile, own.max_length, own.start_end,
+        own.tokenizer, own.template, own.tiling, own.runs, own.max_length, own.start_end,
         DreamLayout(queries, size, seen, fit),
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from accessory.data.template import TEMPLATES
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.align import Aligner
 from accessory.models.mllm import MLLM
+from accessory.nn.moe import router_loss, routings
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
 from accessory.train.disjoint import RowGroup
@@ -124,9 +125,12 @@ class DialogueObjective:
             named = self._named(model, batch, features)
         if self.config.language:
             shown = features if named is None else self._swapped(model, features, named.picture)
-            loss, count = self._language(model, batch, shown)
+            loss, count, router = self._language(model, batch, shown)
             metrics["language"] = loss.detach()
             total = loss * self.config.language
+            if router is not None:
+                metrics["router"] = router.detach() * count
+                total = total + router * count
         if align is not None and named is not None and tokens is not None and features is not None:
             mean, rows, right = self._align(model, named, features, tokens[0])
             count = count if self.config.language else count + rows
@@ -135,13 +139,17 @@ class DialogueObjective:
             total = total + align.weight * mean * count
         return total, count, metrics
 
-    def _language(self, net: MLLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _language(self, net: MLLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss sum, count, and in training what the routers of a mixture of experts add to the mean."""
         # Rows are padded on the right, so causal attention never sees padding and needs no mask.
-        h = net(batch.ids, batch.tiles, features=features)
+        experts = net.backbone.config.moe
+        with routings(net) if experts is not None and net.training else contextlib.nullcontext(()) as log:
+            h = net(batch.ids, batch.tiles, features=features)
         learned = batch.labels[:, 1:] != IGNORE
         logits = net.logits(h[:, :-1][learned]).float()  # only where something is learned: V is most of the work
         loss = F.cross_entropy(logits, batch.labels[:, 1:][learned], reduction="sum")
-        return loss, learned.sum()
+        router = router_loss(experts, log, batch.mask.flatten()) if experts is not None and log else None
+        return loss, learned.sum(), router
 
     def _named(self, net: MLLM, batch: Batch, features: Tensor) -> _Named:
         assert isinstance(net.aligner, Aligner)

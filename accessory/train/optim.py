@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from accessory.train.config import TrainConfig
 
 # Parts of a dotted name that mark a parameter as a vector or a gate in spirit, whatever its shape.
-_NO_DECAY = {"bias", "scale", "gate", "gates", "prefix", "skip", "queries"}
+_NO_DECAY = {"bias", "scale", "gates", "prefix", "skip", "queries"}
 _NO_DECAY |= {"start", "end", "start_img", "end_img", "image_start", "image_end"}
 
 
@@ -23,7 +23,20 @@ def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: never to 1-D parameters, biases, norms, gates, prefixes and learned vectors."""
     parts = name.split(".")
     norm = any(p.startswith("norm") or p.endswith("norm") for p in parts)
-    return parameter.ndim > 1 and not norm and _NO_DECAY.isdisjoint(parts)
+    gate = parts[-1].endswith("gate")  # a gate, not the matrix of a router that is called so
+    return parameter.ndim > 1 and not norm and not gate and _NO_DECAY.isdisjoint(parts)
+
+
+def warm_cosine(at: float, lr: float, low: float, warmup: float, end: float) -> float:
+    """Learning rate at place ``at``: straight from 0 to ``lr`` at ``warmup``, half a cosine to ``low`` at ``end``, then
+    ``low``. The three places have one unit, whatever it is (updates, epochs, seconds)."""
+    if at < warmup:
+        return lr * at / warmup
+    return _cosine(lr, low, (at - warmup) / (end - warmup) if end > warmup else float(at > end))
+
+
+def _cosine(lr: float, low: float, done: float) -> float:
+    return low + (lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def learning_rate(config: TrainConfig, step: int, elapsed: float) -> float:
@@ -34,11 +47,11 @@ def learning_rate(config: TrainConfig, step: int, elapsed: float) -> float:
     """
     c = config
     if step < c.warmup_steps:
-        return c.lr * (step + 1) / c.warmup_steps
+        return warm_cosine(step + 1, c.lr, c.min_lr, c.warmup_steps, c.max_steps)
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     if c.schedule_by == "time" and c.max_seconds is not None:
         done = max(done, elapsed / c.max_seconds)
-    return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return _cosine(c.lr, c.min_lr, done)
 
 
 def hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -105,14 +118,17 @@ class Optimizer:
             out.append(master.grad)
         return out
 
-    def clip(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scale the gradients down to ``clip_norm``. Returns the norm before, of all and of each group by its name."""
+    def clip(self, order: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scale the gradients down to ``clip_norm``. Returns the norm before, of all and of each group by its name.
+
+        ``order``: of the norm; infinity is the largest entry.
+        """
         norms: dict[str, list[Tensor]] = {}
         for (label, _, _), names in self.groups.items():
             grads = [g for g in (self.masters[n].grad for n in names) if g is not None]
-            norms.setdefault(label, []).extend(torch._foreach_norm(grads))
-        per_group = {label: torch.linalg.vector_norm(torch.stack(parts)) for label, parts in norms.items()}
-        total = torch.linalg.vector_norm(torch.stack(list(per_group.values())))
+            norms.setdefault(label, []).extend(torch._foreach_norm(grads, order))
+        per_group = {label: torch.linalg.vector_norm(torch.stack(parts), order) for label, parts in norms.items()}
+        total = torch.linalg.vector_norm(torch.stack(list(per_group.values())), order)
         limit = self.config.clip_norm
         if limit is not None:
             factor = (limit / (total + 1e-6)).clamp(max=1.0)

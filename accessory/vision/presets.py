@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from accessory.vision.mixture import Member, MixtureConfig, build_mixture
 from accessory.vision.tower import CLIP_MEAN, CLIP_STD, Tower
 from accessory.vision.towers import TowerConfig, build_tower
@@ -38,6 +41,13 @@ def _resized(member: Member) -> Member:
     return Member(member.name, member.config, "bicubic")
 
 
+_CONVNEXT_224 = Member("openclip_convnext_xxl", _convnext(256), "nearest")
+_CONVNEXT_512 = Member("openclip_convnext_xxl", _convnext(512))
+_SPHINX = MixtureConfig(224, (_CLIP, _CONVNEXT_224, _DINO), (_QFORMER,))
+_PLUS = MixtureConfig(224, (_CONVNEXT_224, _DINO))
+_LIGHT = MixtureConfig(512, (_CONVNEXT_512, _resized(_DINO)))
+_MOE = MixtureConfig(512, (_resized(_CLIP), _CONVNEXT_512, _resized(_DINO)), (_resized(_QFORMER),))
+
 _TINY_VIT = {"patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 _TINY_CLIP = {
     "embed_dim": 12,
@@ -62,19 +72,26 @@ PRESETS: dict[str, TowerConfig | MixtureConfig] = {
     ),
     # OpenAI's weights were trained with QuickGELU
     "clip-l": TowerConfig("open_clip", "ViT-L-14", 224, {"activation": "quick_gelu"}),
-    # 289 tokens: 32 + 257 of 5632. CLIP runs with GELU as the published code does; its training may have used
-    # QuickGELU, so "activation" is worth an A/B on those weights
-    "sphinx": MixtureConfig(
-        224, (_CLIP, Member("openclip_convnext_xxl", _convnext(256), "nearest"), _DINO), (_QFORMER,)
-    ),
-    # 257 tokens of 4608
-    "sphinx-light": MixtureConfig(512, (Member("openclip_convnext_xxl", _convnext(512)), _resized(_DINO))),
+    # the same after CLIP's own projection to 768, as `llama`, `llama_peft` and `llama_adapter` read it
+    "clip-l-projected": TowerConfig("open_clip", "ViT-L-14", 224, {"activation": "quick_gelu", "projected": True}),
+    # 32 tokens of 768
+    "blip2": _QFORMER.config,
+    # 289 tokens: 32 + 257 of 5632
+    "sphinx": _SPHINX,
+    # five and ten views, 289 tokens each
+    "sphinx-1k": replace(_SPHINX, size=448, tiles=2),
+    "sphinx-2k": replace(_SPHINX, size=672, tiles=3),
+    # the parts at half the resolution: 289 and four times 97 tokens
+    "sphinx-1k-pooled": replace(_SPHINX, size=448, tiles=2, pool=2),
+    # 257 tokens of 4608, and five views of them
+    "sphinx-light": _LIGHT,
+    "sphinx-light-1k": replace(_LIGHT, size=1024, tiles=2),
+    # SPHINX-X's SPHINX-Plus and -Intern2: the two encoders over tiles of 224
+    "sphinx-plus": replace(_PLUS, size=448, tiles=2),
+    "sphinx-plus-2k": replace(_PLUS, size=672, tiles=3),
     # 289 tokens, the four encoders over 512-pixel tiles
-    "sphinx-moe": MixtureConfig(
-        512,
-        (_resized(_CLIP), Member("openclip_convnext_xxl", _convnext(512)), _resized(_DINO)),
-        (_resized(_QFORMER),),
-    ),
+    "sphinx-moe": _MOE,
+    "sphinx-moe-1k": replace(_MOE, size=1024, tiles=2),
     "tiny": TowerConfig("timm", "convnext_atto", 64, _TINY_CONVNEXT),
     "tiny-lite": TowerConfig("timm", "tf_efficientnet_lite0", 64, {"indices": (1, 0), "norm": False, **_LITE}),
     "tiny-clip": TowerConfig("open_clip", "tiny", 32, {"config": _TINY_CLIP}),
@@ -91,13 +108,47 @@ PRESETS: dict[str, TowerConfig | MixtureConfig] = {
 """What a config file may name. The ``tiny-`` ones are for tests: same shapes of code, random weights, milliseconds."""
 
 
-def build(config: str | TowerConfig | MixtureConfig) -> Tower:
-    """A tower in eval mode with random weights from a preset's name or a config.
+Activation = Literal["gelu", "quick_gelu"]
 
-    ValueError lists the names for an unknown one. Under ``torch.device("meta")`` even the full presets build at once.
+
+Config = TowerConfig | MixtureConfig
+
+
+def find(config: str | Config, activation: Activation | None = None) -> Config:
+    """A config by its preset's name, or the config itself; ``activation`` replaces that of its CLIP.
+
+    OpenAI's CLIP was trained with QuickGELU (x * sigmoid(1.702 x)). LLaMA2-Accessory's single-CLIP models and SPHINX up
+    to November 2023 ran it so; later code, which is what reads the released SPHINX files, builds CLIP with GELU and
+    fills in the same weights. The presets say what the published code does with the published files: QuickGELU in
+    ``clip-l*``, GELU in ``sphinx*``. Which one a SPHINX file was trained with is not recorded: try both on it.
+
+    Raises:
+        ValueError: listing the names for an unknown one, or for an ``activation`` where there is no CLIP.
     """
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"vision preset {config!r} is not one of {', '.join(sorted(PRESETS))}")
         config = PRESETS[config]
+    if activation is None:
+        return config
+    if isinstance(config, TowerConfig):
+        return _activated(config, activation)
+    if not any(m.name == "clip" for m in config.channel):
+        raise ValueError(f"activation {activation!r} is for CLIP, which this mixture lacks")
+    members = [replace(m, config=_activated(m.config, activation)) if m.name == "clip" else m for m in config.channel]
+    return replace(config, channel=tuple(members))
+
+
+def _activated(config: TowerConfig, activation: Activation) -> TowerConfig:
+    if config.kind != "open_clip" or "grid" in config.options:
+        raise ValueError(f"activation {activation!r} is for a CLIP transformer, the tower is {config.name!r}")
+    return replace(config, options={**config.options, "activation": activation})
+
+
+def build(config: str | Config, activation: Activation | None = None) -> Tower:
+    """A tower in eval mode with random weights from a preset's name or a config, see :func:`find`.
+
+    Under ``torch.device("meta")`` even the full presets build at once.
+    """
+    config = find(config, activation)
     return build_mixture(config) if isinstance(config, MixtureConfig) else build_tower(config)

@@ -40,7 +40,7 @@ class VisualWords(nn.Module):
 
 
 class Projector(nn.Module):
-    """Projects each token group and joins them: (N, T_tile, D).
+    """Projects each token group and joins them: (N, T_tile, D). Groups of one name share a projection.
 
     With ``words`` > 0 a last token follows, :class:`VisualWords` over the first group. Parameters are named
     ``<group>_proj.<n>``, so that group "visual" under "linear_norm" has SPHINX's names.
@@ -57,14 +57,15 @@ class Projector(nn.Module):
         sharpness: float = 1.0,
     ) -> None:
         super().__init__()
-        names = [g.name for g in groups]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"token groups need distinct names and at least one, got {names}")
+        widths = {g.name: g.width for g in groups}
+        if not widths or any(g.width != widths[g.name] for g in groups):
+            said = [(g.name, g.width) for g in groups]
+            raise ValueError(f"a projector needs token groups, and groups of one name one width, got {said}")
         if words < 0:
             raise ValueError(f"words must not be negative, got {words}")
         self.groups, self.dim, self.kind, self.start_end = tuple(groups), dim, kind, start_end
-        for group in groups:
-            self.add_module(f"{group.name}_proj", _projection(group.width, dim, kind))
+        for name, width in widths.items():
+            self.add_module(f"{name}_proj", _projection(width, dim, kind))
         self.words = VisualWords(groups[0].width, dim, words, sharpness) if words else None
         self.skip = nn.Parameter(torch.randn(dim) * 0.02)
         if start_end:
@@ -81,17 +82,26 @@ class Projector(nn.Module):
         """Those that are projected one by one; they come first."""
         return sum(g.num_tokens for g in self.groups)
 
+    def runs(self, runs: Sequence[int]) -> tuple[int, ...]:
+        """Positions of every view of a tile, for the ``runs`` of its tower."""
+        return (*runs[:-1], runs[-1] + int(self.words is not None))
+
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """One (N, tokens, width) tensor a group, in group order, to (N, T_tile, D); ValueError on other shapes."""
         if len(tokens) != len(self.groups):
             raise ValueError(f"got {len(tokens)} token groups, the projector has {[g.name for g in self.groups]}")
-        out = []
+        same: dict[str, list[Tensor]] = {}
         for group, x in zip(self.groups, tokens, strict=True):
             if tuple(x.shape[1:]) != (group.num_tokens, group.width):
                 want = f"(N, {group.num_tokens}, {group.width})"
                 raise ValueError(f"token group {group.name!r} has shape {tuple(x.shape)}, expected {want}")
-            layer = self.get_submodule(f"{group.name}_proj")
-            out.append(layer(x.to(self.skip.dtype)))
+            same.setdefault(group.name, []).append(x)
+        projected = {}  # all views of a group in one product
+        for name, views in same.items():
+            x = views[0] if len(views) == 1 else torch.cat(views, dim=1)
+            y: Tensor = self.get_submodule(f"{name}_proj")(x.to(self.skip.dtype))
+            projected[name] = iter(y.split([v.shape[1] for v in views], dim=1))
+        out = [next(projected[group.name]) for group in self.groups]
         if self.words is not None:
             out.append(self.words(tokens[0]))
         return torch.cat(out, dim=1)

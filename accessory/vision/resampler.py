@@ -37,7 +37,7 @@ class Resampler(nn.Module):
             raise ValueError(
                 f"prefix_len {prefix_len} must be at least 1 and width {width} a multiple of heads {heads}"
             )
-        self.features, self.prefix_len = features, prefix_len
+        self.features, self.prefix_len, self.heads = features, prefix_len, heads
         self.clip_proj = nn.Linear(features, width)
         self.clip_proj_norm = nn.LayerNorm(width)
         self.visual_query = nn.Embedding(prefix_len, width)

@@ -32,7 +32,7 @@ class VisionTokens:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """A run of tokens of one width that gets a projection of its own; ``num_tokens`` is per tile."""
+    """A run of tokens of one width; groups of one name share a projection. ``num_tokens`` is per tile."""
 
     name: str
     width: int
@@ -77,6 +77,11 @@ class Tower(nn.Module, ABC):
         return (TokenGroup(self.group, self.width, self.grid[0] * self.grid[1] + int(self.has_cls)),)
 
     @property
+    def runs(self) -> tuple[int, ...]:
+        """Tokens of every view of a tile; their sum is that of :attr:`groups`."""
+        return (sum(g.num_tokens for g in self.groups),)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating dtype of the encoder's weights (float32 for an encoder without any)."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
@@ -106,8 +111,9 @@ class Tower(nn.Module, ABC):
         return (self(pixels).sequence(),)
 
     def train(self, mode: bool = True) -> Self:
-        """Like nn.Module.train, but batch norm stays in eval: its statistics never move, its affine part may learn."""
-        super().train(mode)
+        """Like nn.Module.train, but a frozen encoder stays in eval (the Q-Former has dropout), and so does batch norm:
+        its statistics never move, its affine part may learn."""
+        super().train(mode and any(p.requires_grad for p in self.parameters()))
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()

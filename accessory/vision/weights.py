@@ -169,25 +169,45 @@ SPHINX_PREFIXES = ("clip", "openclip_convnext_xxl", "dinov2_vitg14", "qformer")
 """Prefixes of the encoders in published SPHINX checkpoints; our mixtures name their members after them."""
 
 
+def encoder_state(name: str, tower: Tower, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder's published tensors (names without the prefix ``name``) under the names of ``tower.model``."""
+    if isinstance(tower, OpenClipTower):
+        return open_clip_visual(state, tower.projected)
+    return dinov2(state, tower.grid) if name == "dinov2_vitg14" else dict(state)
+
+
+def load_encoders(tower: Tower, encoders: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Fill a tower in place from its encoders' published tensors by prefix: one for a plain tower, those of all members
+    for a mixture. ValueError lists every missing, unexpected or mis-shaped key, a lacking encoder's included.
+    """
+    if not isinstance(tower, Mixture):
+        if len(encoders) != 1:
+            raise ValueError(
+                f"a {type(tower).__name__} is one encoder, the weights hold {', '.join(encoders) or 'none'}"
+            )
+        ((name, state),) = encoders.items()
+        load_tower(tower, encoder_state(name, tower, state))
+        return
+    renamed: dict[str, Tensor] = {}
+    for name, state in encoders.items():
+        part = encoder_state(name, tower.member(name), state) if name in tower.members else state
+        renamed |= {f"members.{name}.model.{k}": v for k, v in part.items()}
+    load_module(tower, renamed, "the mixture")
+
+
 def load_sphinx(mixture: Mixture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fill a mixture in place from a SPHINX checkpoint (keys with or without ``llma.``); returns the other keys.
 
-    Strict over the encoders: ValueError lists every missing, unexpected or mis-shaped key, an encoder that the
-    mixture lacks included. The returned rest (language model, projections) is without the ``llma.`` prefix.
+    Strict over the encoders as :func:`load_encoders`. The returned rest (language model, projections) is without the
+    ``llma.`` prefix.
     """
-    split: dict[str, dict[str, Tensor]] = {name: {} for name in SPHINX_PREFIXES}
+    split: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, value in state.items():
         name, _, tail = key.removeprefix("llma.").partition(".")
-        split.get(name, rest)[tail if name in split else key.removeprefix("llma.")] = value
-    renamed: dict[str, Tensor] = {}
-    for name, part in split.items():
-        if name in mixture.members:
-            tower = mixture.member(name)
-            if isinstance(tower, OpenClipTower):
-                part = open_clip_visual(part, tower.projected)
-            elif name == "dinov2_vitg14":
-                part = dinov2(part, tower.grid)
-        renamed.update({f"members.{name}.model.{k}": v for k, v in part.items()})
-    load_module(mixture, renamed, "the mixture")
+        if name in SPHINX_PREFIXES:
+            split.setdefault(name, {})[tail] = value
+        else:
+            rest[key.removeprefix("llma.")] = value
+    load_encoders(mixture, split)
     return rest

@@ -11,6 +11,7 @@ import torch
 
 from accessory.backbone import hf, keys, meta, store, weights
 from accessory.backbone.llama import Llama, LlamaConfig
+from accessory.parallel.axes import split_shards
 
 TINY = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=30)
 PARAMS = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 8, "vocab_size": -1}
@@ -133,7 +134,7 @@ def test_missing_shard(shards: Path, rank: int) -> None:
 
 def test_missing_last_shard_of_metas_numbering(tmp_path: Path) -> None:
     # names without a total cannot show it; the shapes do
-    parts = meta.split(Llama(TINY).state_dict(), 2)
+    parts = split_shards(Llama(TINY).state_dict(), 2)
     torch.save({k: v.clone() for k, v in parts[0].items()}, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
     with pytest.raises(ValueError, match="mis-shaped"):

@@ -2,23 +2,28 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import FalconConfig as HFFalcon
 from transformers import GemmaConfig as HFGemma
 from transformers import LlamaConfig as HFLlama
 from transformers import MistralConfig as HFMistral
+from transformers import MixtralConfig as HFMixtral
 from transformers import Qwen2Config as HFQwen2
 
 from accessory.backbone.hf import save_hf
-from accessory.backbone.keys import config_from_dict, config_to_dict
+from accessory.backbone.keys import config_from_dict, config_to_dict, expected_shapes
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.sizes import from_hf_config, to_hf_config
 from accessory.backbone.weights import from_tensors, load_backbone
+from accessory.nn.moe import MoEConfig
 from accessory.nn.rope import RopeScaling
 
 TOL = {"rtol": 1e-4, "atol": 1e-5}
@@ -39,6 +44,13 @@ def rope(kind: str, **options: float) -> dict[str, object]:
     return {"rope_theta": 10000.0, "rope_type": kind, **options}
 
 
+FALCON = {k: v for k, v in SMALL.items() if k not in ("intermediate_size", "num_key_value_heads")}
+# The first model, a later one, one with a single norm, and the small ones that compute in turn.
+FALCON_7B = {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}
+FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_11B = {**FALCON_40B, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 112, "tie_word_embeddings": False}
+FALCON_1B = {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True}
+EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
 Change = dict[str, object]
@@ -59,6 +71,14 @@ FAMILIES: dict[str, tuple[Callable[[], object], Change]] = {
     "mistral-no-window": (lambda: HFMistral(**SMALL, sliding_window=None), {"window": 7}),
     "qwen2": (lambda: HFQwen2(**SMALL), {"qkv_bias": False}),
     "gemma": (lambda: HFGemma(**SMALL, head_dim=16), {"norm_offset": 0.0}),
+    "internlm": (lambda: HFLlama(**SMALL, attention_bias=True), {"out_bias": False}),
+    "llama-mlp-bias": (lambda: HFLlama(**SMALL, mlp_bias=True), {"mlp_bias": False}),
+    "mixtral": (lambda: HFMixtral(**SMALL, **EXPERTS), {"moe": MoEConfig(5, 1)}),
+    "mixtral-window": (lambda: HFMixtral(**SMALL, **EXPERTS, sliding_window=7), {"window": None}),
+    "falcon-7b": (lambda: HFFalcon(**FALCON, **FALCON_7B), {"rope_theta": 500.0}),
+    "falcon-40b": (lambda: HFFalcon(**FALCON, **FALCON_40B), {"activation": "silu"}),
+    "falcon-11b": (lambda: HFFalcon(**FALCON, **FALCON_11B), {"norm_eps": 0.1}),
+    "falcon-1b": (lambda: HFFalcon(**FALCON, **FALCON_1B), {"mlp_bias": False}),
 }
 
 
@@ -113,7 +133,8 @@ def test_logits(pair: Pair) -> None:
 def test_the_option_matters(family: str, pair: Pair) -> None:
     changed = dataclasses.replace(pair.ours.config, **FAMILIES[family][1])
     assert changed != pair.ours.config
-    state = {k: v for k, v in pair.ours.state_dict().items() if changed.qkv_bias or not k.endswith("bias")}
+    wanted = expected_shapes(changed)
+    state = {k: v for k, v in pair.ours.state_dict().items() if k in wanted}
     assert far(logits(pair.ours, pair.ids), logits(from_tensors(changed, state), pair.ids))
 
 
@@ -188,6 +209,53 @@ def test_static_ntk_is_exported_as_its_base(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs, logits(model, ids), **TOL)
     plain = from_tensors(dataclasses.replace(config, rope_scaling=None), model.state_dict())
     assert far(theirs, logits(plain, ids))
+
+
+INTERNLM2 = {  # of transformers' LLaMA, as the published files have it
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["internlm", "internlm2"])
+def test_internlm_is_a_llama_under_other_names(kind: str, tmp_path: Path) -> None:
+    """transformers has neither, so the same weights go once through its LLaMA and once through the published layout."""
+    hf = LlamaForCausalLM(HFLlama(**SMALL, attention_bias=kind == "internlm")).eval()
+    for p in hf.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    state = dict(hf.state_dict())
+    stated = {k: v for k, v in SMALL.items() if v is not None} | {"model_type": kind, "bias": kind == "internlm"}
+    stated |= {"rms_norm_eps": hf.config.rms_norm_eps, "auto_map": {"AutoConfig": "x"}}
+    if kind == "internlm":
+        stated |= {"rotary": {"base": 10000, "type": "dynamic"}}
+    else:
+        stated |= {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "attn_implementation": "eager"}
+        for i in range(3):
+            at = f"model.layers.{i}.self_attn."
+            q, k, v = (state.pop(f"{at}{n}_proj.weight").unflatten(0, (2, -1, 12)) for n in "qkv")
+            state[f"model.layers.{i}.attention.wqkv.weight"] = torch.cat((q, k, v), 1).flatten(0, 2)
+        for name in [n for n in state if "wqkv" not in n]:
+            stem = re.sub(r"model\.layers\.\d+\.", "", name.removesuffix(".weight"))
+            state[name.replace(stem, INTERNLM2.get(stem, stem))] = state.pop(name)
+    save_file({k: v.clone().contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    ours, ids = load_backbone(tmp_path), torch.randint(0, 61, (2, T))
+    theirs = hf(ids).logits
+    torch.testing.assert_close(logits(ours, ids), theirs, **TOL)
+    swapped = {k: v.roll(1, 0) if ".wk.weight" in k else v for k, v in ours.state_dict().items()}
+    assert far(theirs, logits(from_tensors(ours.config, swapped), ids))
+    if kind == "internlm2":
+        name = "model.layers.0.attention.wqkv.weight"
+        save_file(state | {name: state[name][:-1].clone()}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"wqkv.* 95 rows.* need 96"):
+            load_backbone(tmp_path)
 
 
 @pytest.mark.slow

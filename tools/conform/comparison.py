@@ -21,6 +21,7 @@ class Comparison:
 
     compared: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    deviations: list[str] = field(default_factory=list)
     absolute: float = 0.0
     relative: float = 0.0
 
@@ -43,6 +44,15 @@ class Comparison:
         self.compared.append(name)
         if ours != expected:
             self.problems.append(f"{name} is {ours}, expected {expected}")
+
+    def deviates(self, name: str, ours: object, intended: object, reason: str) -> None:
+        """Where the reference does what only hurts: check what this project does instead, and keep the reason.
+
+        ``intended`` must not come from the code that is compared. The line of the case lists every reason.
+        """
+        self.equal(name, ours, intended)
+        if reason not in self.deviations:
+            self.deviations.append(reason)
 
 
 Handler = Callable[[Path, dict[str, Any], Comparison], None]

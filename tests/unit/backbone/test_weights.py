@@ -15,6 +15,7 @@ from accessory.backbone.llama import Llama
 from accessory.backbone.sizes import SIZES
 from accessory.nn.linear import Linear
 from accessory.nn.rope import RopeScaling
+from accessory.parallel.axes import merge_shards, shard_rule, split_shards
 from tests.tiny_backbone import TINY, equal, model, write_gguf
 
 
@@ -151,7 +152,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
 
 def save_pickles(folder: Path, m: Llama, count: int, style: str, **params: object) -> None:
     folder.mkdir()
-    for rank, shard in enumerate(meta.split(m.state_dict(), count)):
+    for rank, shard in enumerate(split_shards(m.state_dict(), count)):
         shard = {k: v.clone() for k, v in shard.items()}
         if style == "meta":
             torch.save(shard | {"rope.freqs": torch.zeros(8)}, folder / f"consolidated.{rank:02d}.pth")
@@ -180,7 +181,7 @@ def test_shards_of_every_degree_merge(tmp_path: Path, style: str, count: int) ->
 
 
 def test_shard_axes_are_the_published_ones() -> None:
-    axes = {k.removeprefix("layers.0."): meta.shard_axis(k) for k in keys.expected_shapes(RULE) if "layers.1" not in k}
+    axes = {k.removeprefix("layers.0."): shard_rule(k) for k in keys.expected_shapes(RULE) if "layers.1" not in k}
     assert axes == {
         "tok_embeddings.weight": 1,
         "attention.wq.weight": 0,
@@ -195,8 +196,8 @@ def test_shard_axes_are_the_published_ones() -> None:
         "norm.weight": None,
         "output.weight": 0,
     }
-    assert meta.shard_axis("layers.0.attention.wq.bias") == 0
-    assert meta.shard_axis("layers.0.attention.wo.bias") is None
+    assert shard_rule("layers.0.attention.wq.bias") == 0
+    assert shard_rule("layers.0.attention.wo.bias") is None
 
 
 def test_arguments_of_meta_and_accessory(tmp_path: Path) -> None:
@@ -218,9 +219,9 @@ def test_arguments_of_meta_and_accessory(tmp_path: Path) -> None:
 
 def test_split_needs_divisible_dimensions(tmp_path: Path) -> None:
     state = model().state_dict()
-    assert equal(meta.merge(meta.split(state, 2)), dict(state))
+    assert equal(merge_shards(split_shards(state, 2)), dict(state))
     with pytest.raises(ValueError, match=r"tensor-parallel 3 does not divide .*wq.weight \(64, 64\)"):
-        meta.split(state, 3)
+        split_shards(state, 3)
     with pytest.raises(ValueError, match="must divide the heads of the model: 4 and 2"):
         meta.save_shards(TINY, state, tmp_path / "x", 4)
 

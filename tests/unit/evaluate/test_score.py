@@ -180,3 +180,32 @@ def test_a_visual_prefix_is_never_left_out_of_a_score(
         both = model(tmp_path_factory.mktemp("seen"), resampler=resampler, projector=projector, tuning=tuning)
         with pytest.raises(ValueError, match=r"visual prefix .* not supported yet"):
             score(both, "any")
+
+
+def test_words_are_put_into_the_model_s_mouth(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ScienceQA's `` The answer is``: behind the prompt, as a continuation of it, and not part of the answer."""
+    lengths: list[int] = []
+    plain = scoring.generate
+
+    def spy(backbone: object, rows: list[torch.Tensor], **options: object) -> list[list[int]]:
+        lengths.extend(len(r) for r in rows)
+        return plain(backbone, rows, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scoring, "generate", spy)
+    one = asked(1)
+    free, led = answers(made, one, 8), answers(made, one, 8, prefill=" The answer is")
+    assert lengths[1] - lengths[0] == len(made.tokenizer.encode(" The answer is", glued=True)) > 1
+    assert free != led
+    assert not led[0].startswith("The answer is")
+
+
+def test_a_sampling_of_one_s_own(made: Model) -> None:
+    one = asked(1)
+    free = answers(made, one, 8)
+    assert answers(made, one, sampling=scoring.Sampling(max_new_tokens=8)) == free
+    cut = free[0][1:3]
+    assert answers(made, one, sampling=scoring.Sampling(max_new_tokens=8, stop=(cut,))) == [
+        free[0].split(cut)[0].strip()
+    ]
+    hot = [answers(made, one, sampling=scoring.Sampling(8, temperature=2.0, seed=s)) for s in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]

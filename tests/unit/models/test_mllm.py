@@ -176,3 +176,20 @@ def test_a_visual_prefix_counts_its_tiles(tmp_path: Path) -> None:
     one = batch(made, [sample(picture(1), "What is this?")])
     with pytest.raises(ValueError, match=r"placeholders of 1 tiles.*there are 2"):
         made.net(one.ids, one.tiles.expand(2, -1, -1, -1))
+
+
+@torch.inference_mode()
+def test_a_published_adapter_gives_a_picture_no_position(tmp_path: Path) -> None:
+    """Its rows hold no placeholders: how many pictures each has is said beside them."""
+    made = seeing_by_prefix(tmp_path)
+    disturb(made.net, 0.3)
+    tiles = torch.rand(3, 3, 64, 64)
+    ids = torch.randint(0, 300, (2, 6))
+    context = made.net.context(ids, tiles, torch.tensor([1, 2]))
+    assert context is not None
+    h = made.net(ids, context=context)
+    alone = made.net.context(ids[1:], tiles[1:], torch.tensor([2]))
+    torch.testing.assert_close(h[1:], made.net(ids[1:], context=alone), **CLOSE)
+    assert (h - made.net(ids)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="placeholders of 2 tiles, but there are 3"):
+        made.net.context(ids, tiles, torch.tensor([1, 1]))

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory import config as configuration
+from accessory.backbone.llama import Llama
 from accessory.data.emoji import Concept, concepts
 from accessory.models.build import Model, ProjectorConfig
+from accessory.nn.moe import MoEConfig, router_loss, routings
 from accessory.schema import Sample
 from accessory.tokens import IGNORE
 from accessory.train import objective
@@ -60,6 +62,26 @@ def naive(made: Model, samples: list[Sample]) -> Tensor:
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), b.labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
     )
+
+
+def test_routers_of_experts_are_balanced_in_training(made: Model) -> None:
+    experts = MoEConfig(4, 2, balance=0.5, z=0.1)
+    made.net.backbone = Llama(replace(made.net.backbone.config, moe=experts))
+    made.net.train()
+    b = batch(made, mixed())
+    total, count, metrics = DialogueObjective(ObjectiveConfig(), made.tokenizer)(made.net, b)
+    with routings(made.net) as log:
+        made.net(b.ids, b.tiles)
+    added = router_loss(experts, log, b.mask.flatten()) * count
+    torch.testing.assert_close(total, naive(made, mixed()) + added, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(metrics["router"], added.detach())
+    assert float(added.detach()) > 0.4 * int(count)
+    gate = made.net.backbone.layers[0].get_parameter("feed_forward.gate.weight")
+    assert bool(torch.autograd.grad(total, gate)[0].any())
+    # padding has a router too, and is not counted
+    assert not torch.allclose(router_loss(experts, log), router_loss(experts, log, b.mask.flatten()))
+    made.net.eval()
+    assert "router" not in DialogueObjective(ObjectiveConfig(), made.tokenizer)(made.net, b)[2]
 
 
 def test_the_loss_is_that_of_all_logits(made: Model) -> None:

@@ -45,8 +45,8 @@ def test_bad_groups_are_errors() -> None:
         proj((torch.zeros(1, 2, 6),))
     with pytest.raises(ValueError, match=r"'visual' has shape \(1, 4, 10\), expected \(N, 5, 10\)"):
         proj((torch.zeros(1, 2, 6), torch.zeros(1, 4, 10)))
-    with pytest.raises(ValueError, match="distinct names"):
-        Projector((GROUPS[0], GROUPS[0]), 8)
+    with pytest.raises(ValueError, match=r"one width, got \[\('visual', 6\), \('visual', 7\)\]"):
+        Projector((TokenGroup("visual", 6, 2), TokenGroup("visual", 7, 2)), 8)
     with pytest.raises(ValueError, match="'conv'"):
         Projector(GROUPS, 8, "conv")
 

@@ -1,0 +1,148 @@
+"""Folders of LLaMA2-Accessory's models with pictures, as model folders of ours."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from accessory.backbone import store
+from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer
+from accessory.backbone.keys import expected_shapes
+from accessory.backbone.meta import merge_folder, shard_files
+from accessory.backbone.reference_folders import CONFIG, META, llama_type, overlay
+from accessory.backbone.weights import save_accessory
+from accessory.data.tiling import TilingConfig
+from accessory.models.build import (
+    WEIGHTS_FILE,
+    BackboneConfig,
+    ModelConfig,
+    ProjectorConfig,
+    ResamplerConfig,
+    TowerSource,
+    write_config,
+)
+from accessory.models.encoder_store import keep_encoder
+from accessory.models.published import find_type
+from accessory.models.reference import SKIP, Published, fill_resampler, read_published
+from accessory.peft.attach import TrainSpec, TuningSpec
+from accessory.vision.presets import Activation
+
+
+def read_pictured(folders: Sequence[Path], kind: str | None = None, *, pickles: bool = False) -> Published:
+    """The first of ``folders`` with the others laid over it (what was trained, or a difference).
+
+    ``kind`` None takes the ``llama_type`` of the last ``meta.json``; ``config.json`` is the last one too.
+
+    Raises:
+        ValueError: for folders without shards or ``config.json``, a type without a vision part, and keys that do not
+            fit.
+    """
+    folders = [Path(f) for f in folders]
+    shown = " + ".join(map(str, folders))
+    kinds = [found for f in folders if (found := llama_type(f)) is not None]
+    configs = [f / CONFIG for f in folders if (f / CONFIG).is_file()]
+    if not configs or (kind is None and not kinds):
+        raise ValueError(f"{shown}: no folder has {CONFIG if kinds or kind else META}")
+    kind = kind or kinds[-1]
+    if find_type(kind).tower is None:
+        raise ValueError(f"{shown}: a {kind} only reads; it is converted as a language model")
+    state: dict[str, Tensor] = {}
+    for i, folder in enumerate(folders):
+        difference = shard_files(folder)[0].stem.endswith("-diff")
+        if difference and i == 0:
+            raise ValueError(f"{folder} holds a difference; the folder that it is added to comes first")
+        state = overlay(state, merge_folder(folder, pickles=pickles), difference)
+    published = read_published(state, store.read_json(configs[-1]), kind)
+    if not published.sees or not published.encoders:
+        raise ValueError(f"{shown} holds no encoder or no projection of a {kind}: it is a language model alone")
+    return published
+
+
+def convert_pictured(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    kind: str | None = None,
+    activation: Activation | None = None,
+    template: str | None = None,
+    cache: Path | None = None,
+    pickles: bool = False,
+) -> ModelConfig:
+    """Write a model folder from published ones, all or nothing; its encoders go to the store of ``cache``.
+
+    The language model is in ``out/backbone``; what the type tunes, with the projection, is what the model folder
+    holds. ``activation`` and ``template`` None are those of the type. Raises as :func:`read_pictured`.
+    """
+    published = read_pictured(folders, kind, pickles=pickles)
+    plain = set(expected_shapes(published.llama))
+    base = {k: v for k, v in published.backbone.items() if k in plain}
+    encoders = {name: keep_encoder(state, cache) for name, state in published.encoders.items()}
+    config = model_config(published, f"{Path(out).resolve().name}/backbone", encoders, activation, template)
+    with store.atomic_folder(out) as private:
+        save_accessory(published.llama, base, private / "backbone")
+        words = [Path(f) for f in folders if has_tokenizer(Path(f))]
+        for file in TOKENIZER_FILES if words else ():
+            if (words[-1] / file).is_file():
+                shutil.copyfile(words[-1] / file, private / "backbone" / file)
+        save_file(trained(published), private / WEIGHTS_FILE)
+        write_config(private, config)
+    return config
+
+
+def trained(published: Published) -> dict[str, Tensor]:
+    """What the model folder holds beside the language model: projections, and what hangs on the model."""
+    plain = set(expected_shapes(published.llama))
+    tuned = any(spec.kind == "norm" for spec in published.specs)
+    out = {f"backbone.{k}": v for k, v in published.backbone.items() if k not in plain or (tuned and "norm" in k)}
+    out |= {f"projector.{k}": v for k, v in published.projector.items()}
+    out |= {f"resampler.{k}": v for k, v in published.resampler.items()}
+    if published.projector:
+        some = next(iter(published.projector.values()))
+        out[f"projector.{SKIP}"] = torch.zeros(published.llama.dim, dtype=some.dtype)
+    return {k: v.detach().clone().contiguous() for k, v in out.items()}
+
+
+def model_config(
+    published: Published,
+    backbone: str,
+    encoders: Mapping[str, str],
+    activation: Activation | None = None,
+    template: str | None = None,
+) -> ModelConfig:
+    """The configuration of a converted checkpoint; ``backbone``: where its language model lies, as ``build.find``
+    finds it."""
+    row = published.type
+    whole = published.backbone["tok_embeddings.weight"].dtype
+    tuning: tuple[TuningSpec, ...] = published.specs
+    projector, resampler = None, None
+    if published.projector:
+        projector = ProjectorConfig("linear_norm", start_end=row.start_end)
+        tuning = (*tuning, TrainSpec(("projector.*",)))
+    if published.resampler:
+        made = fill_resampler(published.resampler, published.llama.dim)
+        resampler = ResamplerConfig(made.prefix_len, made.clip_proj.out_features, len(made.visual_blocks), made.heads)
+        tuning = (*tuning, TrainSpec(("resampler.*",)))
+    return ModelConfig(
+        backbone=BackboneConfig(backbone, dtype="fp32" if whole == torch.float32 else "bf16"),
+        tower=TowerSource(str(row.tower), None, activation, dict(encoders)),
+        projector=projector,
+        resampler=resampler,
+        tuning=tuning,
+        template=template or _template(published.kind),
+        tiling=TilingConfig(row.image_size, grid=1, skip=False),
+        max_length=published.llama.max_length,
+    )
+
+
+def _template(kind: str) -> str:
+    """SPHINX's dialogues, and the instructions that the models with one encoder were tuned on."""
+    row: Any = find_type(kind)
+    if len(row.encoders) > 1:
+        return "sphinx"
+    return "alpaca_clip" if row.before_bos else "alpaca"

@@ -1,0 +1,288 @@
+"""What scripts written for LLaMA2-Accessory call: ``MetaModel`` and ``SPHINXModel``, with its names and arguments.
+
+Where the published code is wrong this is not: a prompt that is too long keeps its beginning-of-text mark, ``ppl`` is a
+perplexity, seeds are local to a call, and pictures may be given as pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from accessory.backbone.generate import Sampling, StopMatcher, generate
+from accessory.data.encode import Encoder
+from accessory.data.image import open_picture
+from accessory.data.template import BOS, Template
+from accessory.data.tokenizer import Tokenizer
+from accessory.models.build import Model
+from accessory.models.likelihood import Likelihood, hidden, likelihoods
+from accessory.schema import Encoded, Picture, Turn
+from accessory.serve import chat
+from accessory.serve.answer import Answer, Prompt, content_keys
+from accessory.serve.media import Limits, user_turn
+from accessory.tokens import IGNORE
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+Example = str | Sequence[int]
+Images = Sequence[str | Path | Image.Image | None] | Tensor | None
+"""A picture (or None) for every example, or the reference's tensor (B, 3, S, S), normalised with CLIP's constants."""
+
+
+class MetaModel:
+    """A model that continues and scores raw texts: no dialogue template stands around them.
+
+    A picture stands behind the beginning-of-text mark and before the text, as in the published models.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        e, words = model.encoder, model.tokenizer
+        begin = () if words.bos_id is None else (BOS,)
+        raw = Template(name="raw", begin=begin, pictures_first=True, strip=False)
+        self._raw = replace(
+            model, encoder=Encoder(words, raw, e.tiling, e.tokens_per_tile, e.max_length, start_end=e.start_end)
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_path: str | Path, **options: Any) -> MetaModel:
+        """The model of a folder; ``options`` as of :func:`accessory.serve.chat.load` (``cache``, ``device``)."""
+        return cls(chat.load(pretrained_path, **options).model)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids: ``tokenizer.encode(text, bos=True, eos=False)``."""
+        return self.model.tokenizer
+
+    # --- scores -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def compute_logits(
+        self, examples: Sequence[Example], images: Images = None, bos: bool = True, eos: bool = False
+    ) -> list[Tensor]:
+        """Scores (T, V) in fp32 of every example (a text, or ids that are taken as they are) of T tokens.
+
+        Row t scores what follows token t. Beside a picture row 0 scores what follows the picture.
+        """
+        rows = [self._row(e, p, bos, eos) for e, p in zip(examples, self._pictures(images, len(examples)), strict=True)]
+        if not rows:
+            return []
+        states = hidden(self._raw, rows)
+        found = []
+        for row, state in zip(rows, states, strict=True):
+            texts = (row.ids >= 0).nonzero().flatten()
+            seen = (row.ids < 0).nonzero().flatten()
+            if len(seen) and len(texts) and int(texts[0]) < int(seen[0]):
+                texts[0] = seen[-1]  # the text's first token is predicted from the end of the picture
+            found.append(self.model.net.logits(state[texts.to(state.device)]).float())
+        return found
+
+    def evaluate_examples(
+        self,
+        examples: Sequence[Example],
+        contexts: Sequence[Example] | None = None,
+        images: Images = None,
+        bos: bool = True,
+        eos: bool = False,
+    ) -> dict[str, list[Any]]:
+        """How likely each example is behind its context, which must be its beginning token by token.
+
+        Lists over the examples: ``log_likelihood`` (summed, nats), ``nll`` (mean a token), ``ppl`` (its exponential;
+        the reference gives ``nll`` under that name), ``max_equal`` (whether greedy decoding says the same),
+        ``non_context_logits`` (n, V): the scores that predict the n tokens behind the context.
+
+        Raises:
+            ValueError: for a context that is not the beginning of its example, or is all of it.
+        """
+        if contexts is not None and len(contexts) != len(examples):
+            raise ValueError(f"{len(contexts)} contexts for {len(examples)} examples")
+        pictures = self._pictures(images, len(examples))
+        rows, starts = [], []
+        for i, (example, picture) in enumerate(zip(examples, pictures, strict=True)):
+            row = self._row(example, picture, bos, eos)
+            texts = (row.ids >= 0).nonzero().flatten()
+            start = 1 if contexts is None else self._prefix(row.ids[texts], contexts[i], bos, i)
+            row.labels[texts[start:]] = row.ids[texts[start:]]
+            rows.append(row)
+            starts.append(start)
+        scored: list[Likelihood] = likelihoods(self._raw, rows)
+        logits = self.compute_logits(examples, images, bos, eos)
+        nll = [s.nll for s in scored]
+        return {
+            "log_likelihood": [s.total for s in scored],
+            "nll": nll,
+            "ppl": [float(torch.tensor(v, dtype=torch.float64).exp()) for v in nll],
+            "max_equal": [s.greedy for s in scored],
+            "non_context_logits": [v[start - 1 : -1] for v, start in zip(logits, starts, strict=True)],
+        }
+
+    def _prefix(self, ids: Tensor, context: Example, bos: bool, i: int) -> int:
+        head = torch.tensor(self._ids(context, bos, False), dtype=torch.long)
+        if len(head) == 0 or len(head) >= len(ids) or not torch.equal(ids[: len(head)], head):
+            raise ValueError(
+                f"contexts[{i}] has {len(head)} tokens that are not the beginning of the {len(ids)} of its example: a "
+                "text may be cut into other tokens where it goes on, so give ids where that happens"
+            )
+        return len(head)
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        images: Images = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        """What follows every prompt, until the end of text, a stop symbol or ``max_gen_len`` tokens."""
+        sampling = self._sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
+        rows = [
+            self._fit(p, i, max_gen_len) for p, i in zip(prompts, self._pictures(images, len(prompts)), strict=True)
+        ]
+        net = self.model.net
+        device = next(net.parameters()).device
+        x = [net.embed(r.ids[None].to(device), r.tiles.to(device) if len(r.tiles) else None)[0] for r in rows]
+        texts = []
+        for ids in generate(net.backbone, x, sampling=sampling):
+            text = self.tokenizer.decode([t for t in ids if t not in sampling.stop_ids], glued=True)
+            matcher = StopMatcher(sampling.stop)
+            texts.append(matcher.push(text)[0] + matcher.flush())
+        return texts
+
+    def stream_generate(
+        self,
+        prompt: str,
+        images: Images = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        additional_stop_symbols: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[dict[str, Any]]:
+        """``{"text": all that was said so far, "end_of_content": whether it is all}``, a token at a time."""
+        sampling = self._sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
+        row = self._fit(prompt, self._pictures(images, 1)[0], max_gen_len)
+        per_tile = self.model.encoder.tokens_per_tile
+        asked = Prompt(row.ids, row.tiles, content_keys(row.ids, row.tiles, per_tile), per_tile)
+        cache = self.model.net.backbone.cache(1, len(row.ids) + max_gen_len + 1)
+        answer = Answer(self._raw, cache, asked, sampling, 0)
+        while not answer.finished:
+            answer.step()
+            yield {"text": answer.text, "end_of_content": answer.finished}
+
+    def _sampling(
+        self, max_gen_len: int, temperature: float, top_p: float, stops: Sequence[str], seed: int
+    ) -> Sampling:
+        end = self.tokenizer.eos_id
+        return Sampling(
+            max_new_tokens=max_gen_len,
+            temperature=temperature,
+            top_p=top_p if temperature > 0 else None,
+            stop_ids=() if end is None else (end,),
+            stop=tuple(stops),
+            seed=seed,
+        )
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _ids(self, example: Example, bos: bool, eos: bool) -> list[int]:
+        if not isinstance(example, str):
+            return [int(i) for i in example]
+        words = self.tokenizer
+        return words.encode(example, bos=bos and words.bos_id is not None, eos=eos)
+
+    def _row(self, example: Example, picture: Picture | Tensor | None, bos: bool, eos: bool) -> Encoded:
+        """The example behind its picture, nothing labelled; ValueError when it is empty or too long."""
+        ids = torch.tensor(self._ids(example, bos, eos), dtype=torch.long)
+        if len(ids) == 0:
+            raise ValueError("an empty example: there is nothing to score or to continue")
+        seen = self._seen(picture)
+        begun = int(ids[0] == self.tokenizer.bos_id)  # a picture stands behind the mark of the beginning
+        ids = torch.cat((ids[:begun], seen.ids, ids[begun:]))
+        if len(ids) > self.model.config.max_length:
+            raise ValueError(f"an example takes {len(ids)} positions, the limit is {self.model.config.max_length}")
+        return Encoded(ids, torch.full_like(ids, IGNORE), seen.tiles)
+
+    def _fit(self, prompt: str, picture: Picture | Tensor | None, new: int) -> Encoded:
+        """The row of a prompt whose beginning is cut off where it leaves no room for ``new`` tokens."""
+        ids, seen = self._ids(prompt, True, False), len(self._seen(picture).ids)
+        room = self.model.config.max_length - seen - new
+        begun = int(bool(ids) and ids[0] == self.tokenizer.bos_id)
+        if room <= begun:
+            raise ValueError(
+                f"max_gen_len {new} and {seen} positions of pictures leave no room for a prompt: this model reads "
+                f"{self.model.config.max_length}"
+            )
+        kept = ids if len(ids) <= room else ids[:begun] + ids[len(ids) - room + begun :]
+        return self._row(kept, picture, True, False)
+
+    def _seen(self, picture: Picture | Tensor | None) -> Encoded:
+        """Placeholders and tiles of a picture alone."""
+        encoder = self._raw.encoder
+        if isinstance(picture, Tensor):
+            blank = Image.new("RGB", (picture.shape[2], picture.shape[1]))
+            row = encoder.row((Turn("user", (Picture(blank),)),))
+            if len(row.tiles) != 1 or row.tiles.shape[1:] != picture.shape:
+                raise ValueError(
+                    f"a tensor of shape {tuple(picture.shape)} is no tile of this model, whose pictures become "
+                    f"{len(row.tiles)} tiles of {encoder.tile_size} pixels: give the picture itself"
+                )
+            return Encoded(row.ids[row.ids < 0], row.labels[row.ids < 0], picture[None])
+        row = encoder.row((Turn("user", () if picture is None else (picture,)),))
+        return Encoded(row.ids[row.ids < 0], row.labels[row.ids < 0], row.tiles)
+
+    def _pictures(self, images: Images, count: int) -> list[Picture | Tensor | None]:
+        if images is None:
+            return [None] * count
+        if len(images) != count:
+            raise ValueError(f"{len(images)} images for {count} texts; None stands for no picture")
+        if isinstance(images, Tensor):
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+            return [(image.float().cpu() * std + mean).clamp(0, 1) for image in images]
+        return [None if i is None else Picture(open_picture(i)) for i in images]
+
+
+class SPHINXModel(MetaModel):
+    """Adds the dialogue: ``generate_response`` writes it with the model's own template."""
+
+    def generate_response(
+        self,
+        qas: Sequence[Sequence[str | None]],
+        image: str | Path | Image.Image | None = None,
+        max_gen_len: int = 512,
+        temperature: float = 0.1,
+        top_p: float = 0.5,
+        seed: int = 0,
+    ) -> str:
+        """The answer to the last question of ``qas`` = [[question, answer], ..., [question, None]] about ``image``.
+
+        Raises:
+            ValueError: for a dialogue whose last question has an answer or whose others have none.
+        """
+        if not qas or any(len(qa) != 2 or not isinstance(qa[0], str) for qa in qas) or qas[-1][1] is not None:
+            raise ValueError("qas must be [[question, answer], ..., [question, None]]")
+        limits, turns = Limits(), list[Turn]()
+        for k, (question, answer) in enumerate(qas):
+            turns.append(user_turn(str(question), [image] if image is not None and k == 0 else [], limits))
+            if k < len(qas) - 1:
+                if answer is None:
+                    raise ValueError(f"qas[{k}] has no answer, only the last question may have none")
+                turns.append(Turn("assistant", (answer,)))
+        sampling = Sampling(
+            max_new_tokens=max_gen_len,
+            temperature=temperature,
+            top_p=top_p if temperature > 0 else None,
+            seed=seed,
+        )
+        talk = chat.ChatModel(self.model, sampling=sampling).new_chat(turns[:-1])
+        return "".join(e for e in talk.events(turns[-1]) if isinstance(e, str))

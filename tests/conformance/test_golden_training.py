@@ -1,0 +1,110 @@
+"""Numbers of the published reference on training: rates, clipping, decay, whole epochs, and what is done to weights."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT.parent / "shared" / "golden" / "llm"
+CASES = (
+    "09_clip_grad",
+    "09_convert_to_hf",
+    "09_lr_schedule",
+    "09_param_groups",
+    "09_train_llama",
+    "09_train_mixtral",
+    "09_train_peft",
+    "09_weight_operate",
+)
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("conformance_tool", ROOT / "tools" / "conformance.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_golden
+@pytest.mark.parametrize("case", CASES)
+def test_cases_pass(tool: ModuleType, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([str(GOLDEN / case)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{case}: passed")
+    assert out.endswith("1 passed, 0 failed, 0 unsupported\n")
+
+
+def edit(name: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        change(value)
+        (folder / name).write_text(json.dumps(value))
+
+    return apply
+
+
+def bump(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "io.safetensors")
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[-1] += 1e-2
+        save_file(tensors, folder / "io.safetensors")
+
+    return apply
+
+
+def move(groups: list[dict[str, Any]]) -> None:
+    """The first parameter that decays becomes one that does not."""
+    groups[0]["params"].append(groups[1]["params"].pop(0))
+
+
+SPOILT: list[tuple[str, Callable[[Path], None], str]] = [
+    ("09_clip_grad", bump("out.combo0.grad.2.weight"), "clipped differs"),
+    ("09_clip_grad", edit("clip.json", lambda v: v["toy"][2].update(returned_norm=8.5)), "total norm differs"),
+    ("09_convert_to_hf", bump("out.base.model.layers.1.self_attn.k_proj.weight"), "base differs"),
+    ("09_convert_to_hf", bump("out.base_plus_diff.model.norm.weight"), "base_plus_diff differs"),
+    ("09_convert_to_hf", bump("out.reference_logits"), "reference_logits differs"),
+    ("09_lr_schedule", edit("lr.json", lambda v: v["iterations"][0]["rows"][6].update(lr=8e-4)), "lr by iterations"),
+    ("09_lr_schedule", edit("lr.json", lambda v: v["epochs"][1]["rows"][1].update(lr=2e-4)), "lr by epochs"),
+    ("09_lr_schedule", edit("lr.json", lambda v: v["epochs"].clear()), "lr.json has no epochs"),
+    ("09_param_groups", edit("groups.json", lambda v: move(v[0]["result"]["groups"])), "llama decay is"),
+    ("09_param_groups", edit("groups.json", lambda v: v[2]["result"]["groups"][1]["params"].pop()), "trainable is"),
+    ("09_train_llama", bump("out.final.llma.layers.1.attention.wk.weight"), "final differs"),
+    ("09_train_llama", edit("log.json", lambda v: v["per_iteration"]["4"].update(closs=6.0)), "closs differs"),
+    ("09_train_peft", edit("log.json", lambda v: v["per_iteration"]["2"].update(grad_norm=1.0)), "grad_norm differs"),
+    ("09_train_peft", bump("out.final.llma.layers.0.attention.wo.lora_b.weight"), "final differs"),
+    ("09_weight_operate", bump("out.delta1.llma.norm.weight"), "delta differs"),
+    ("09_weight_operate", bump("out.applied0.llma.layers.0.attention.wq.weight"), "applied differs"),
+]
+
+
+@needs_golden
+@pytest.mark.parametrize(("case", "spoil", "words"), SPOILT)
+def test_a_spoilt_case_fails(
+    tool: ModuleType,
+    case: str,
+    spoil: Callable[[Path], None],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / case
+    shutil.copytree(GOLDEN / case, folder, copy_function=shutil.copyfile)
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        path.chmod(0o755)
+    spoil(folder)
+    assert tool.main([str(folder)]) == 1
+    assert words in capsys.readouterr().out

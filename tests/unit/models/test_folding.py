@@ -1,0 +1,73 @@
+"""LoRA folded into a model folder: the same model, and no delta left."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from accessory.models import build
+from accessory.models.folding import fold_folder
+from accessory.models.gate import GateError, difference, measure
+from accessory.peft import lora
+from accessory.peft.attach import BiasSpec, LoraSpec, NormSpec, PrefixSpec, ScaleSpec, TrainSpec, attached
+from accessory.peft.lora import LowRank
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parents[3]
+TUNING = (
+    LoraSpec(rank=2),
+    ScaleSpec(),
+    BiasSpec(),
+    NormSpec(),
+    PrefixSpec(length=2),
+    TrainSpec(
+        ("projector.*", "tower.*", "backbone.tok_embeddings.*", "backbone.output.*", "backbone.*.w[qkvo123].weight")
+    ),
+)
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    made = tiny_model(tmp_path, train=True, tuning=TUNING)
+    for name, p in made.net.named_parameters():
+        if any(part in name for part in ("delta", "scale", "prefix", "bias")):
+            torch.nn.init.normal_(p, std=0.2, mean=float("scale" in name))
+    build.save(made, tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "tools" / "merge_lora.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_folded_model_computes_the_same(tool: ModuleType, tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tuned.parent / "out"
+    assert tool.main([str(tuned), str(out)]) == 0
+    assert "moved by" in capsys.readouterr().out
+    before, after = build.load(tuned), build.load(out)
+    assert difference(measure(before), measure(after)) < 1e-4
+    assert [s.kind for s in attached(after.net)] == ["bias", "prefix", "train"]
+    assert not any(isinstance(m, LowRank) for m in after.net.modules())
+    # and the deltas mattered
+    for m in before.net.modules():
+        if isinstance(m, LowRank):
+            torch.nn.init.zeros_(m.b.weight)
+    assert difference(measure(before), measure(after)) > 1e-3
+    assert tool.main([str(out), str(tuned.parent / "again")]) == 1
+    assert "nothing to fold" in capsys.readouterr().err
+
+
+def test_a_wrong_fold_is_not_kept(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "folded", lambda linear: (linear.weight.detach(), linear.bias))
+    monkeypatch.setattr(lora, "folding_error", lambda linear: 0.0)
+    with pytest.raises(GateError, match="merging"):
+        fold_folder(tuned, tuned.parent / "out")
+    assert not (tuned.parent / "out").exists()

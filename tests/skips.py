@@ -16,6 +16,7 @@ ALLOWED = (
     (r"the golden data is not beside this checkout", 40),
     (r"not a git checkout", 2),
     (r"no C\+\+ compiler", 10),
+    (r"bitsandbytes is not installed", 20),
     (r"flock is not installed", 1),
 )
 

@@ -18,6 +18,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
     parser.add_argument("--to", dest="target", choices=("accessory", "hf"), default="accessory", help="layout of DST")
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
+    parser.add_argument("--quantize", metavar="KIND", help="write int8, int4 or nf4 weights (only --to accessory)")
     parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
@@ -35,16 +36,24 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.gguf import load_gguf, single_file
     from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer, write_hf
     from accessory.backbone.meta import save_shards
+    from accessory.backbone.quantized import save_quantized
     from accessory.backbone.store import cast
-    from accessory.backbone.weights import detect, read_folder, save_accessory
+    from accessory.backbone.weights import detect, load_backbone, read_folder, save_accessory
+    from accessory.peft.quantize import Quantization
 
     if args.tensor_parallel is not None and args.target != "accessory":
         raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
+    if args.quantize is not None and (args.target != "accessory" or args.tensor_parallel is not None):
+        raise ValueError(f"--quantize {args.quantize} needs --to accessory, and no --tensor-parallel")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
-    if layout == "gguf":
+    quantized = None
+    if args.quantize is not None:
+        quantized = load_backbone(args.src, dtype=dtype, quantization=Quantization.parse(args.quantize))
+        config, tensors = quantized.config, quantized.state_dict()
+    elif layout == "gguf":
         config, tensors = load_gguf(single_file(args.src), dtype or torch.bfloat16)
     else:
         config, tensors = read_folder(args.src, layout=layout, pickles=True)
@@ -59,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
         write_hf(config, tensors, args.dst, tokenizer, limit)
     elif args.tensor_parallel is not None:
         save_shards(config, tensors, args.dst, args.tensor_parallel)
+    elif quantized is not None:
+        save_quantized(quantized, args.dst, max_shard_bytes=limit)
     else:
         save_accessory(config, tensors, args.dst, max_shard_bytes=limit)
     if args.target == "accessory" and tokenizer is not None:
@@ -66,7 +77,8 @@ def main(args: argparse.Namespace) -> int:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
     count = sum(t.numel() for t in tensors.values())
-    print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
+    held = f"{count:,} parameters" if quantized is None else f"{args.quantize}, {count:,} numbers"
+    print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {held} (read as {layout})")
     if tokenizer is not None:
         print(f"tokenizer: that of {tokenizer}")
     elif layout == "gguf":

@@ -7,6 +7,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from accessory.cli.chat import QUANTIZE, quantization
+
 CONTROLS = ("none", "shuffled", "blind")
 
 
@@ -21,6 +23,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--limit", type=int, metavar="N", help="ask only N questions of each set, spread evenly")
     p.add_argument("--batch-size", type=int, default=64, help="questions asked together (default: 64)")
     p.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)")
+    p.add_argument("--quantize", metavar="KIND", help=QUANTIZE)
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--cache", type=Path, help="asset cache")
     p.add_argument("--retrieval", action="store_true", help="also name emoji by nearest neighbour in the encoder")
@@ -36,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load(args.model, cache=args.cache, device=args.device).model
+    model = load(args.model, cache=args.cache, device=args.device, quantization=quantization(args)).model
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("", encoding="utf-8")

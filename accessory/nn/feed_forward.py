@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import Quantized
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -17,7 +18,7 @@ class FeedForward(nn.Module):
     Slot ``fused``: w1 and w3 as one product (``backbone.fast``).
     """
 
-    fused: Packed | None
+    fused: Packed | Quantized | None
 
     def __init__(self, dim: int, hidden: int, activation: Activation = "silu") -> None:
         super().__init__()

@@ -8,22 +8,31 @@ from torch import nn
 from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import Quantized, join
 
 
 @torch.no_grad()
 def pack(model: nn.Module, attention: type[nn.Module]) -> None:
     """Fill the slots of every layer of the class ``attention`` (wq wk wv wo, ``fused``) and of every feed-forward.
 
-    Weights of classes other than :class:`Linear` (tensor parallel, quantised) are left alone.
+    Quantised weights are re-ordered for the kernels of this machine and joined likewise. Layers of classes other than
+    :class:`Linear` (tensor parallel) are left alone.
     """
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.optimize()
     for module in list(model.modules()):
         layer: Any = module  # its class decides what it has
         if isinstance(module, attention) and _plain(layer.wq, layer.wk, layer.wv):
             layer.fused = Packed((layer.wq.weight, layer.wk.weight, layer.wv.weight))
-            layer.wo.kernel = packed(layer.wo)
+            layer.wo.kernel = packed(layer.wo) or layer.wo.kernel
+        elif isinstance(module, attention) and layer.fused is None:
+            layer.fused = _joined(layer.wq, layer.wk, layer.wv)
         elif isinstance(module, FeedForward) and _plain(module.w1, module.w3):
             module.fused = Packed((module.w1.weight, module.w3.weight))
-            module.w2.kernel = packed(module.w2)
+            module.w2.kernel = packed(module.w2) or module.w2.kernel
+        elif isinstance(module, FeedForward) and module.fused is None:
+            module.fused = _joined(module.w1, module.w3)
 
 
 def unpack(model: nn.Module, attention: type[nn.Module]) -> None:
@@ -32,14 +41,22 @@ def unpack(model: nn.Module, attention: type[nn.Module]) -> None:
         layer: Any = module
         if isinstance(module, (attention, FeedForward)):
             layer.fused = None
-        elif isinstance(module, Linear):
+        elif isinstance(module, Quantized):
+            module.release()
+        elif isinstance(module, Linear) and isinstance(module.kernel, Packed):
             module.kernel = None
 
 
 def packed(linear: Linear) -> Packed | None:
-    """The packed product of a plain linear, None for any other class."""
+    """The packed product of a plain linear, None for any other class and where the weight is quantised."""
     return Packed((linear.weight,)) if _plain(linear) else None
 
 
+def _joined(*linears: Linear) -> Quantized | None:
+    kernels = [linear.kernel for linear in linears]
+    quantized = [k for k in kernels if isinstance(k, Quantized)]
+    return join(quantized) if len(quantized) == len(kernels) else None
+
+
 def _plain(*linears: object) -> bool:
-    return all(type(linear) is Linear for linear in linears)
+    return all(type(linear) is Linear and not isinstance(linear.kernel, Quantized) for linear in linears)

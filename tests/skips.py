@@ -17,6 +17,7 @@ ALLOWED = (
     (r"not a git checkout", 2),
     (r"no C\+\+ compiler", 10),
     (r"bitsandbytes is not installed", 20),
+    (r"no /proc on this machine", 5),
     (r"flock is not installed", 1),
 )
 

@@ -3,11 +3,11 @@
 ``python -m benchmarks.quantize [--model nano-sphinx] [--kinds bf16 int8 int4 ...] [--windows 8] [--questions 8]
     [--new 32] [--threads 1] [--cpu-time] [--json]``
 
-Text: the reference manual that comes with Python (``pydoc_data``), windows of 512 tokens, mean loss a token. Pictures:
-the built-in test sets, mean loss a token of the true answers. LoRA is folded into the weights before they are
-quantised, as ``chat --quantize`` does it; the bf16 row is the model as it is. Decoding is that of the chat
-(accelerated, not compiled), batch 1; on a busy machine ``--threads 1 --cpu-time`` counts only the seconds in which the
-process ran.
+Text: the reference manual that comes with Python (``pydoc_data``), windows of 512 tokens, mean loss a token, of the
+model and of the language model that it was tuned from. Pictures: the built-in test sets, mean loss a token of the true
+answers. LoRA is folded into the weights before they are quantised, as ``chat --quantize`` does it; the bf16 row is the
+model as it is. Decoding is that of the chat (accelerated, not compiled), batch 1; on a busy machine ``--threads 1
+--cpu-time`` counts only the seconds in which the process ran.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from accessory.backbone.generate import Sampling, generate
 from accessory.data.builtin import build as build_set
 from accessory.data.collate import collate
 from accessory.models import build
-from accessory.models.build import Model
+from accessory.models.build import Model, ModelConfig
+from accessory.peft.attach import merge
 from accessory.peft.quantize import Quantization, num_bytes
 from accessory.serve.chat import find_model
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
 from benchmarks.floors import median
 
-FULL = "bf16"
-KINDS = (FULL, "int8", "int8,embeddings", "int4,group=32", "int4", "int4,embeddings", "nf4")
+FULL, FOLDED = "bf16", "bf16, LoRA folded"
+KINDS = (FULL, FOLDED, "int8", "int8,embeddings", "int4,group=32", "int4", "int4,embeddings", "nf4")
 SETS = ("emoji-names", "scenes-grounding", "scenes-count", "scenes-relation", "scenes-colour", "words-ocr", "easy-vqa")
 WINDOW, PROMPT = 512, 64
 
@@ -49,6 +50,7 @@ class Row:
     kind: str
     bytes: int
     text: float
+    text_untuned: float
     pictures: float
     tokens_per_second: float
 
@@ -104,13 +106,19 @@ def decode_speed(model: Model, new: int, repeats: int, clock: Callable[[], float
 def measure(kind: str, args: argparse.Namespace) -> Row:
     """One row of the table, with a model of its own."""
     model = build.load(find_model(args.model), cache=args.cache)
-    if kind != FULL:
+    if kind == FOLDED:
+        merge(model.net)
+    elif kind != FULL:
         build.shrink(model, Quantization.parse(kind))
+    untuned = build.build(ModelConfig(model.config.backbone, None, None), cache=args.cache)
+    if kind not in (FULL, FOLDED):
+        build.shrink(untuned, Quantization.parse(kind))
     size = num_bytes(model.net.backbone)
     accelerate(model.net.backbone)
     clock = time.process_time if args.cpu_time else time.perf_counter
     speed = decode_speed(model, args.new, args.repeats, clock)
-    return Row(kind, size, text_loss(model, args.windows), picture_loss(model, args.questions, args.cache), speed)
+    texts = text_loss(model, args.windows), text_loss(untuned, args.windows)
+    return Row(kind, size, *texts, picture_loss(model, args.questions, args.cache), speed)
 
 
 def main() -> None:
@@ -142,9 +150,11 @@ def main() -> None:
         f"{args.model}, {args.threads} threads, {clock} time; text: {args.windows} x {WINDOW} tokens, pictures: "
         f"{args.questions} questions of each of {len(SETS)} sets.\n"
     )
-    print("| weights | backbone MB | nats, text | nats, pictures | tokens/s |\n|---|---:|---:|---:|---:|")
+    print("| weights | backbone MB | nats, text | text, untuned | nats, pictures | tokens/s |")
+    print("|---|---:|---:|---:|---:|---:|")
     for r in rows:
-        print(f"| {r.kind} | {r.bytes / 1e6:.0f} | {r.text:.4f} | {r.pictures:.4f} | {r.tokens_per_second:.1f} |")
+        nats = f"{r.text:.4f} | {r.text_untuned:.4f} | {r.pictures:.4f}"
+        print(f"| {r.kind} | {r.bytes / 1e6:.0f} | {nats} | {r.tokens_per_second:.1f} |")
 
 
 if __name__ == "__main__":

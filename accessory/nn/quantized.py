@@ -285,7 +285,7 @@ def join(kernels: Sequence[Quantized]) -> Quantized | None:
     else:
         return None
     for kernel, codes, scale in zip(kernels, made.codes.split(rows), scales, strict=True):
-        kernel.codes, kernel.scales = codes, scale  # type: ignore[assignment]
+        kernel.codes, kernel.scales = codes, scale
     return made
 
 

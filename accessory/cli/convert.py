@@ -25,6 +25,15 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.set_defaults(main=main)
 
 
+def _check(args: argparse.Namespace) -> None:
+    if args.tensor_parallel is not None and args.target != "accessory":
+        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
+    if args.quantize is not None and (args.target != "accessory" or args.tensor_parallel is not None):
+        raise ValueError(f"--quantize {args.quantize} needs --to accessory, and no --tensor-parallel")
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+
+
 def main(args: argparse.Namespace) -> int:
     """Convert, and print what was written.
 
@@ -41,12 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.weights import detect, load_backbone, read_folder, save_accessory
     from accessory.peft.quantize import Quantization
 
-    if args.tensor_parallel is not None and args.target != "accessory":
-        raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
-    if args.quantize is not None and (args.target != "accessory" or args.tensor_parallel is not None):
-        raise ValueError(f"--quantize {args.quantize} needs --to accessory, and no --tensor-parallel")
-    if args.max_shard_gb <= 0:
-        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    _check(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
     quantized = None

@@ -38,6 +38,7 @@ KINDS: dict[str, Quantization | None] = {
 WIDE = 2  # bytes of a number in bf16
 # Bytes a weight of the largest layer while a prompt is fed: its dequantised copies, or the matrix kernel's own.
 SCRATCH = {"bf16": 2, "int8": 4, "int4": 7, "nf4": 4}
+KERNELS = 6_000_000  # bytes of code and scratch that the matrix kernels keep once they have run (measured)
 FEW_SCRATCH = {"bf16": 0, "int8": 0, "int4": 7, "nf4": 2}  # the same for the output projection of few rows
 
 
@@ -147,7 +148,7 @@ def activation_bytes(config: LlamaConfig, kind: str, load: Load) -> int:
     blocks = stream + max(attention, hidden) + SCRATCH[kind] * largest
     # Few rows are scored at a time, for which int8 needs no dequantised copy, nor int4 once it is packed.
     head = 0 if c.tie_embeddings else FEW_SCRATCH[kind] * c.vocab_size * c.dim
-    return max(blocks, stream // 2 + head) + load.batch * c.vocab_size * (WIDE + 4)
+    return KERNELS + max(blocks, stream // 2 + head) + load.batch * c.vocab_size * (WIDE + 4)
 
 
 def find(name: str) -> Subject:

@@ -197,6 +197,22 @@ def test_acceleration_changes_no_answer_and_no_state(name: str, length: int) -> 
         assert torch.equal(scores(model, x), before)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_acceleration_keeps_what_hangs_beside(name: str) -> None:
+    model = made(CONFIG, torch.bfloat16)
+    quantize(model, SPECS[name])
+    x = inputs(torch.bfloat16, 3)
+    with torch.no_grad():
+        bare = scores(model, x)
+        attach(model, (LoraSpec(rank=3), ScaleSpec(), BiasSpec()))
+        disturb(model)
+        before = scores(model, x)
+        after = scores(accelerate(model), x)
+    largest = float(before.float().abs().max())
+    assert float((after - before).float().abs().max()) < 0.05 * largest
+    assert float((bare - before).float().abs().max()) > 0.2 * largest
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("tuning", [LoraSpec(rank=3), PrefixSpec(length=5, layers=1), ScaleSpec(), BiasSpec()])
 def test_gradients_are_those_on_the_dequantised_weights(name: str, tuning: Any) -> None:

@@ -339,12 +339,12 @@ def dump(config: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes: python, torch, transformers, accessory and, in a checkout, the git revision.
+    """Versions of what computes: python, its libraries, accessory and, in a checkout, the git revision.
 
     The revision ends in ``+dirty`` when tracked files differ from it. A library that is not installed is left out.
     """
     out = {"python": sys.version.split()[0]}
-    for name in ("torch", "torchvision", "transformers", "safetensors"):
+    for name in ("torch", "torchvision", "transformers", "diffusers", "safetensors"):
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -3,7 +3,8 @@
     python tools/model_card.py --runs runs/nano_align runs/nano_sphinx --scores runs/nano_sphinx/scores.jsonl \
         --out weights/nano-sphinx
 
-Writes ``curve.svg`` and ``scores.md`` into the folder; the words around them are written by hand in its README.md.
+Writes ``curve-RUN.svg`` and ``scores.md`` into the folder; the words around them are written by hand in its README.md.
+Scores may be those of a chat model, of a generator (a table of ranks and one of likenesses), or of both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.evaluate.report import curve
+from accessory.evaluate.tally import tables
 
 CONTROLS = ("none", "shuffled", "blind")
 STYLE = (  # the report page brings its own; a file that stands alone needs one
@@ -31,7 +33,23 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def score_table(items: list[dict[str, Any]]) -> str:
-    """Markdown: a task a line, a control a column, in per cent of the questions asked."""
+    """Markdown: the scores of answers, those of pictures, or both.
+
+    Raises:
+        ValueError: for pictures of several generators, or of one with several settings.
+    """
+    drawn = [item for item in items if "ranks" in item]
+    answers = [item for item in items if "ranks" not in item]
+    for name in ("model", "settings", "seed"):
+        if len(values := {json.dumps(item["run"][name], sort_keys=True) for item in drawn}) > 1:
+            raise ValueError(
+                f"--scores: pictures of {len(values)} runs that differ in their {name}; one table is of one"
+            )
+    return "\n\n".join([*([answer_table(answers)] if answers else []), *([tables(drawn)] if drawn else [])])
+
+
+def answer_table(items: list[dict[str, Any]]) -> str:
+    """A task a line, a control a column, in per cent of the questions asked."""
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for item in items:
         right[item["task"], item["control"]].append(item["right"])

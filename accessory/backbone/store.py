@@ -17,9 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accessory import log
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MARKER = "COMPLETE"
+
+_log = log.get(__name__)
 
 
 @contextmanager
@@ -192,3 +196,30 @@ def read_indexed(folder: Path, index: str) -> dict[str, Tensor]:
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The same tensors in ``dtype`` (unchanged, and still mapped, where they have it already or it is None)."""
     return tensors if dtype is None else {k: v.to(dtype) for k, v in tensors.items()}
+
+
+def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors for a file: floating ones in ``dtype``, but as they are where it cannot hold them.
+
+    That is where a value overflows, or where rounding moves one by more than ``eps`` of the tensor's largest: fp16 has
+    no digits left for numbers that are all tiny.
+
+    Raises:
+        ValueError: for a tensor that is not finite to begin with, naming it.
+    """
+    out, kept = dict[str, Tensor](), list[str]()
+    for name, tensor in tensors.items():
+        out[name] = tensor = tensor.detach().cpu().contiguous()
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        most = tensor.abs().max().double()
+        if not torch.isfinite(most):
+            raise ValueError(f"{name} holds values that are not finite; such weights are not written")
+        short = tensor.to(dtype)
+        if (short.double() - tensor.double()).abs().max() <= torch.finfo(dtype).eps * most:
+            out[name] = short
+        else:
+            kept.append(name)
+    if kept:
+        _log.info("%d tensors stay as they are, %s cannot hold them: %s", len(kept), dtype, ", ".join(kept[:8]))
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -48,13 +49,18 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)"
     )
     parser.add_argument("--quantize", metavar="KIND", help=QUANTIZE)
-    parser.add_argument("--generator", metavar="DIR", help="a generator folder: answers may then hold pictures")
+    parser.add_argument(
+        "--generator", metavar="DIR", help="generator folder or shipped name: answers may hold pictures"
+    )
     parser.add_argument(
         "--pictures", choices=("auto", "always", "never"), default="auto",
         help="with --generator: as the model wants (the default), in every answer, or none",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("pictures"), help="where drawn pictures go (default: pictures)"
+        "--out",
+        type=Path,
+        default=Path("pictures"),
+        help="where drawn pictures go (default: pictures); with -2 behind it when it has some",
     )
     parser.add_argument("--cache", type=Path, help="cache folder of the assets")
     parser.set_defaults(main=main)
@@ -233,7 +239,7 @@ class Illustrator(Terminal):
 
     def __init__(self, chat: IllustratedChat, folder: Path) -> None:
         super().__init__(chat, chat.events)
-        self._folder = folder
+        self._folder = _free(folder)
         self._commands["/pictures"] = self._pictures
 
     def ask(self, text: str) -> None:
@@ -263,6 +269,12 @@ class Illustrator(Terminal):
 
     def _help(self, rest: str) -> None:
         print(HELP + "\n" + DRAWING)
+
+
+def _free(folder: Path) -> Path:
+    """``folder``, or with a number behind it where it holds pictures of an earlier dialogue: they are not replaced."""
+    tried = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
+    return next(path for path in tried if not any(path.glob("picture_*")))
 
 
 def _plain(turn: Turn) -> dict[str, Any]:

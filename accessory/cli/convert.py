@@ -1,9 +1,14 @@
-"""``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles."""
+"""``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles.
+
+A model or generator folder of ours (``runs/NAME/final``) becomes one to hand on: ``--dtype`` makes it smaller,
+``--base`` names the base as others have it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -12,7 +17,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb."""
     parser = sub.add_parser("convert", help="convert weights between layouts")
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, or a .gguf file")
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, a .gguf file, or a trained folder")
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
@@ -22,10 +27,13 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (only --to accessory)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
+    parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
     parser.set_defaults(main=main)
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.base is not None:
+        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
     if args.tensor_parallel is not None and args.target != "accessory":
         raise ValueError(f"--tensor-parallel {args.tensor_parallel} needs --to accessory, got --to {args.target}")
     if args.quantize is not None and (args.target != "accessory" or args.tensor_parallel is not None):
@@ -50,6 +58,8 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.weights import detect, load_backbone, read_folder, save_accessory
     from accessory.peft.quantize import Quantization
 
+    if (args.src / "config.yaml").is_file():
+        return _trained(args)
     _check(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
@@ -89,4 +99,21 @@ def main(args: argparse.Namespace) -> int:
         print("tokenizer: none written, the one inside a GGUF file is not converted; --tokenizer DIR takes one along")
     else:
         print("tokenizer: none written, there is none in SRC; --tokenizer DIR takes one along")
+    return 0
+
+
+def _trained(args: argparse.Namespace) -> int:
+    import torch
+
+    from accessory.models.export import export
+
+    options = (("to hf", args.target == "hf"), ("tensor-parallel", args.tensor_parallel), ("quantize", args.quantize))
+    if other := [f"--{name}" for name, value in options if value]:
+        raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
+    made = export(args.src, args.dst, getattr(torch, args.dtype) if args.dtype else None, args.base)
+    count, size = (sum(f(t) for t in made.tensors.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
+    kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in made.tensors.values()}))
+    print(f"{args.dst}: {made.kind}, {len(made.tensors)} tensors, {count:,} numbers in {size / 1e6:.1f} MB ({kinds})")
+    for name in made.outside:
+        print(f"it names {name}, which is not among the shipped models and has to go with it", file=sys.stderr)
     return 0

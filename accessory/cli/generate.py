@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,10 +33,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--aspect", metavar="W:H", help="width to height; --size N is the side of a square of equal area")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each prompt, seeds rising")
-    p.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
-    p.add_argument("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; 1 is off")
-    p.add_argument("--solver", choices=SOLVERS)
-    p.add_argument("--time-shift", type=float, metavar="S", help="above 1: more steps near the noise")
+    add_sampler_options(p)
     p.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="default: pictures")
     p.add_argument("--skip-existing", action="store_true", help="go on: leave pictures that are in DIR already")
     p.add_argument("--batch", type=int, default=4, metavar="N", help="pictures made at once (default: 4)")
@@ -43,6 +41,14 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--cache", type=Path, help="asset cache")
     p.set_defaults(main=main)
+
+
+def add_sampler_options(p: argparse._ActionsContainer) -> None:
+    """The options that :func:`adjusted` reads."""
+    p.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
+    p.add_argument("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; 1 is off")
+    p.add_argument("--solver", choices=SOLVERS)
+    p.add_argument("--time-shift", type=float, metavar="S", help="above 1: more steps near the noise")
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,25 @@ class Job:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Make the pictures. 0 when all are there.
+    """Make the pictures. 0 when all are there, 130 after Ctrl-C (what was made is kept).
 
     Raises:
         ValueError: for options that cannot be, before any picture is made; AssetError for a missing asset.
     """
     import torch
 
-    from accessory.models.generator import digest, load_generator
+    from accessory.models.generator import digest, find_generator, load_generator
     from accessory.parallel.groups import choose_device
 
     for name in ("count", "batch", "steps", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
-    prompts, device, folder = _prompts(args), choose_device(args.device), find(args.model)
+    if not 0 <= args.seed <= 2**63 - args.count:
+        raise ValueError(f"--seed {args.seed} must lie between 0 and 2^63, with room for --count {args.count}")
+    prompts, device, folder = _prompts(args), choose_device(args.device), find_generator(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):
+        pass  # a folder that cannot be written to is found out before a model is loaded and a picture made
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_generator(folder, cache=args.cache).to(device)
@@ -91,25 +102,14 @@ def main(args: argparse.Namespace) -> int:
     }  # fmt: skip
     out = Output(args.out, about, args.skip_existing)
     todo = [job for job in jobs if out.wants(job)]
-    _make(model, todo, out, args, settings)
     left = len(jobs) - len(todo)
+    try:
+        _make(model, todo, out, args, settings)
+    except (KeyboardInterrupt, OSError):
+        print(f"stopped: {out.written} of {len(todo)} pictures in {args.out}; --skip-existing goes on", file=sys.stderr)
+        raise
     print(f"{len(todo)} pictures in {args.out}" + (f", {left} were there" if left else ""))
     return 0
-
-
-def find(name: str) -> Path:
-    """A generator folder by its path, or a shipped one by its name; ValueError lists these."""
-    from accessory.models.generator import is_generator
-    from accessory.serve.chat import SHIPPED
-
-    path = Path(name).expanduser()
-    places = [path] if len(path.parts) != 1 or path.is_absolute() else [path, SHIPPED / path]
-    if found := [place for place in places if is_generator(place)]:
-        return found[0]
-    shipped = sorted(p.name for p in SHIPPED.glob("*") if is_generator(p))
-    there = f"shipped ones are: {', '.join(shipped)}" if shipped else "this checkout ships none"
-    kind = "a chat model" if any((place / "config.yaml").is_file() for place in places) else "no model folder"
-    raise ValueError(f"{name} is {kind}; generate needs a generator (config.yaml with kind: generator); {there}")
 
 
 def adjusted(settings: SamplerSettings, args: argparse.Namespace) -> SamplerSettings:
@@ -138,13 +138,18 @@ def adjusted(settings: SamplerSettings, args: argparse.Namespace) -> SamplerSett
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts is not None:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {args.prompts} is not UTF-8: {error}") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ValueError(f"--prompts {args.prompts} holds no prompt: one a line is wanted")
         prompts += found
     if not prompts:
         raise ValueError("there is nothing to show: give --prompt TEXT or --prompts FILE")
+    if bad := [p for p in prompts if not p.isprintable() and any("\ud800" <= c <= "\udfff" for c in p)]:
+        raise ValueError(f"the prompt {bad[0][:60]!r} is not text in UTF-8")
     return prompts
 
 
@@ -171,27 +176,28 @@ def _tell_cuts(prompts: Sequence[str], model: Generator) -> None:
             print(f"warning: the last {lost} tokens do not fit and are left out of {prompt[:60]!r}...", file=sys.stderr)
 
 
+def whole_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file that grows, none where there is no file; a line that a kill has torn is cut off."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+
+
 class Output:
     """The folder of pictures; ``about`` is what all of them share in the manifest."""
 
     def __init__(self, folder: Path, about: dict[str, Any], skip: bool) -> None:
-        self.folder, self.about, self.skip = folder, about, skip
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.about, self.skip, self.written = folder, about, skip, 0
         self.manifest = folder / MANIFEST
-        self.made = {entry["file"]: entry for entry in self._entries()}
-
-    def _entries(self) -> Iterator[dict[str, Any]]:
-        if not self.manifest.is_file():
-            return
-        text = self.manifest.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a line that a kill has torn is dropped
-        if whole != text:
-            self.manifest.write_text(whole, encoding="utf-8")
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.manifest}:{number} is not JSON: {error}") from None
+        self.made = {entry["file"]: entry for entry in whole_entries(self.manifest)}
 
     def wants(self, job: Job) -> bool:
         """Whether a picture is to be made.
@@ -218,11 +224,15 @@ class Output:
         """A picture, then its line; each is there whole or not at all."""
         path = self.folder / job.file
         private = path.with_suffix(".tmp")
-        picture.save(private, "PNG")
-        private.replace(path)
+        try:
+            picture.save(private, "PNG")
+            private.replace(path)
+        finally:
+            private.unlink(missing_ok=True)
         entry = {"file": job.file, "prompt": job.prompt, "seed": job.seed, **self.about, "seconds": round(seconds, 3)}
         with self.manifest.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.written += 1
 
 
 def _make(
@@ -235,14 +245,20 @@ def _make(
     with tqdm(total=len(jobs), unit="picture", disable=None) as bar:
         for start in range(0, len(jobs), args.batch):
             batch, begun = jobs[start : start + args.batch], time.perf_counter()
-            pictures = model.generate(
-                [job.prompt for job in batch],
-                negative=negative,
-                sizes=[size] * len(batch),
-                seeds=[job.seed for job in batch],
-                settings=settings,
-                on_step=lambda event: bar.set_postfix_str(f"step {event.step} of {event.steps or '?'}"),
-            )
+            try:
+                pictures = model.generate(
+                    [job.prompt for job in batch],
+                    negative=negative,
+                    sizes=[size] * len(batch),
+                    seeds=[job.seed for job in batch],
+                    settings=settings,
+                    on_step=lambda event: bar.set_postfix_str(f"step {event.step} of {event.steps or '?'}"),
+                )
+            except RuntimeError as error:  # torch has no type of its own for this on a CPU
+                if "memory" not in str(error):
+                    raise
+                many = f"{len(batch)} pictures of {size[0]}x{size[1]}"
+                raise ValueError(f"there is no memory for {many}; lower --batch or --size") from error
             seconds = (time.perf_counter() - begun) / len(batch)
             for job, picture in zip(batch, pictures, strict=True):
                 out.write(job, picture, seconds)

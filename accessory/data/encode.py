@@ -9,7 +9,7 @@ import torch
 
 from accessory.data.image import open_picture
 from accessory.data.rows import RowRejected as RowRejected
-from accessory.data.targets import target
+from accessory.data.targets import Fit, target
 from accessory.data.template import BOS, Control, Segment, Template, render
 from accessory.data.tiling import TilingConfig, cut
 from accessory.data.tokenizer import Tokenizer
@@ -20,11 +20,13 @@ from accessory.tokens import DREAM, DREAM_END, DREAM_START, IGNORE, IMAGE, IMAGE
 @dataclass(frozen=True)
 class DreamLayout:
     """How a picture that the assistant draws is written: a span of ``num_queries`` queries, of which the trigger is
-    learned, then, with ``seen``, the picture itself as the user's are. ``size``: side in pixels of what is drawn."""
+    learned, then, with ``seen``, the picture itself as the user's are. ``size``: side in pixels of what is drawn,
+    squares unless ``fit`` gives each picture its own size (see :func:`accessory.data.targets.target`)."""
 
     num_queries: int
     size: int
     seen: bool = True
+    fit: Fit | None = None
 
 
 class Encoder:
@@ -119,7 +121,7 @@ class Encoder:
     def _drawn(
         self, dream: DreamLayout, picture: Picture, tiles: list[torch.Tensor], targets: list[Target]
     ) -> list[int]:
-        targets.append(target(picture, dream.size))
+        targets.append(target(picture, dream.size, fit=dream.fit))
         span = [DREAM_START, *[DREAM] * dream.num_queries, DREAM_END]
         return [*span, *(self._picture(picture, tiles) if dream.seen else ())]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 
@@ -10,33 +11,40 @@ from accessory.data.image import open_picture, resize, to_tensor
 from accessory.data.rows import RowRejected
 from accessory.schema import CAPTION, Encoded, Picture, Prompt, Sample, Target
 
+Fit = Callable[[int, int], tuple[int, int]]
+"""(width, height) of a picture to that of its target, in pixels."""
 
-def target(picture: Picture, size: int, prompt: Prompt = "") -> Target:
-    """The middle square of a picture at ``size`` pixels a side, as a target."""
+
+def target(picture: Picture, size: int, prompt: Prompt = "", fit: Fit | None = None) -> Target:
+    """The middle of a picture as a target: a square of ``size`` pixels a side, or what ``fit`` says, whose shape is cut
+    out as large as it goes."""
     image = open_picture(picture.source)
     width, height = image.size
-    side = min(width, height)
-    if width != height:
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    pixels = to_tensor(resize(image, size, size))
-    key = hashlib.sha256(f"{size} ".encode() + (pixels * 255).round().byte().numpy().tobytes()).hexdigest()[:32]
+    to = (size, size) if fit is None else fit(width, height)
+    scale = min(width / to[0], height / to[1])
+    across, down = min(width, max(1, round(to[0] * scale))), min(height, max(1, round(to[1] * scale)))
+    if (across, down) != (width, height):
+        left, top = (width - across) // 2, (height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+    pixels = to_tensor(resize(image, *to))
+    name = f"{to[0]} " if to[0] == to[1] else f"{to[0]}x{to[1]} "
+    key = hashlib.sha256(name.encode() + (pixels * 255).round().byte().numpy().tobytes()).hexdigest()[:32]
     return Target(pixels, prompt, key)
 
 
 class TargetEncoder:
     """Rows for a denoiser alone: no ids, and each picture of the assistant as a target of all that precedes it.
 
-    ``size``: side of the pictures in pixels.
+    ``size``: side of the pictures in pixels, squares unless ``fit`` gives each its own (see :func:`target`).
     """
 
     tile_size = 1
     pad_id = 0
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, fit: Fit | None = None) -> None:
         if size < 1:
             raise ValueError(f"pictures of size {size}: it must be at least 1 pixel")
-        self.size = size
+        self.size, self.fit = size, fit
 
     def encode(self, sample: Sample) -> Encoded:
         """The sample's row. Raises :class:`RowRejected` when it shows no picture or asks for it with nothing."""
@@ -58,7 +66,7 @@ class TargetEncoder:
                 if j:
                     raise ValueError("the assistant speaks before its picture; such rows need objective.loss")
                 prompt: Prompt = turns[0].text.strip() if sample.meta.get(CAPTION) else turns[:i]
-                found.append(target(part, self.size, prompt))
+                found.append(target(part, self.size, prompt, self.fit))
         if not found:
             raise ValueError("the assistant shows no picture, so there is nothing to draw")
         if any(not t.prompt for t in found):

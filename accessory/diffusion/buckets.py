@@ -60,6 +60,17 @@ def choose_size(
 
 
 @dataclass(frozen=True)
+class Nearest:
+    """From the (width, height) of a picture to the one of ``sizes`` that keeps the most of it; a value, so that loader
+    processes can be handed it."""
+
+    sizes: tuple[Size, ...]
+
+    def __call__(self, width: int, height: int) -> Size:
+        return choose_size(width, height, self.sizes)
+
+
+@dataclass(frozen=True)
 class CropPlan:
     """How a picture is brought to a size: halved (box filter) to the sizes in ``halved``, resized (bicubic), cut.
 

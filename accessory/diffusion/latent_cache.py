@@ -2,13 +2,16 @@
 
 A cache is a folder. ``index-W.jsonl`` of writer W begins with a header that says what made the rows; each further line
 names one finished shard with its size and its keys. A shard is renamed into place before its line is written, and a
-line that a kill has torn is dropped, so the rows that the index names are whole and all others are made again.
+line that a kill has torn is dropped, so the rows that the index names are whole and all others are made again. Several
+processes fill one folder, each as a writer of its own; readers see the rows of all.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from collections import OrderedDict
@@ -56,11 +59,15 @@ def text_key(text: str) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, also after a power cut."""
     private = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with private.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(private, path)
+    try:
+        with private.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(private, path)
+    except BaseException:
+        private.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -113,34 +120,48 @@ class CacheWriter:
         folder: made when missing.
         made_by: digests of everything that decides the numbers: profile, codec, resolution...
         shard_bytes: a shard is written when its rows fill this.
-        writer: number of this process among several that fill one folder.
+        writer: number of this process among those that fill the folder; None takes the lowest that nobody has. A
+            number is free again when its process has ended, however it did.
 
     Raises:
         ValueError: when the folder's rows were made by something else, are torn, or another process has this number.
     """
 
     def __init__(
-        self, folder: Path, made_by: Mapping[str, str], *, shard_bytes: int = 256_000_000, writer: int = 0
+        self, folder: Path, made_by: Mapping[str, str], *, shard_bytes: int = 256_000_000, writer: int | None = None
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._writer, self._limit = writer, shard_bytes
+        self._limit = shard_bytes
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._filled = self._shards = 0
         self._known: set[str] = set()
-        self._index: IO[bytes] = (self.folder / f"index-{writer}.jsonl").open("a+b")
+        numbers = itertools.count() if writer is None else [writer]
+        claimed = next((found for n in numbers if (found := self._claim(n)) is not None), None)
+        if claimed is None:
+            raise ValueError(f"another process is writing to {self.folder} as writer {writer}")
+        self._writer, self._index = claimed
         try:
             self._open(dict(made_by))
         except BaseException:
             self._index.close()
             raise
 
+    def _claim(self, number: int) -> tuple[int, IO[bytes]] | None:
+        """A number and its index, locked until it is closed or the process ends; None when another has it."""
+        index = (self.folder / f"index-{number}.jsonl").open("a+b")
+        try:
+            fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            index.close()
+            return None
+        except OSError as error:  # a file system without locks, say: then no number would ever be free
+            index.close()
+            raise OSError(error.errno, f"cannot lock {index.name}: {error.strerror}; use another folder") from error
+        return number, index
+
     def _open(self, made_by: dict[str, str]) -> None:
         own = Path(self._index.name)
-        try:
-            fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is writing to {self.folder} as writer {self._writer}") from None
         if b"\n" not in own.read_bytes():
             self._index.truncate(0)  # new, or killed while the header was written
         for path in _indexes(self.folder):
@@ -192,14 +213,20 @@ class CacheWriter:
         self._pending, self._filled = {}, 0
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self._index.write(json.dumps(line).encode() + b"\n")
-        self._index.flush()
+        data, whole = json.dumps(line).encode() + b"\n", os.fstat(self._index.fileno()).st_size
+        # Unbuffered and all or nothing: half a line of a full disk would spoil the next one.
+        if os.write(self._index.fileno(), data) != len(data):
+            self._index.truncate(whole)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._index.name)
         os.fsync(self._index.fileno())
 
     def close(self) -> None:
         """Write what is pending and let go of the folder."""
-        self.flush()
-        self._index.close()
+        try:
+            self.flush()
+        finally:
+            fcntl.flock(self._index, fcntl.LOCK_UN)  # processes forked since then hold the file too
+            self._index.close()
 
     def __enter__(self) -> CacheWriter:
         return self

@@ -110,7 +110,8 @@ def plan(
     coords = torch.stack([torch.cat([c, c[-1:].expand(length - len(c), 3)]) for _, c in rows])
     ragged = fixed_length is None and bool((real < length).any())
     mask = torch.arange(length) < real[:, None] if ragged else None
-    bare = not eol and not eof and bool((real == length).all())
+    # Latents of other shapes may have as many tokens; each still has places of its own.
+    bare = len(rows) == 1 and not eol and not eof and bool((real == length).all())
     places = tuple((row >= 0).nonzero()[:, 0].to(device) for row in index)
     # [nextline], [nextframe] and padding stand behind the most patches that a row has.
     index = torch.where(index < 0, most - 1 - index, index)

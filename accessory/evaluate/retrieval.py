@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from accessory.data import emoji
-from accessory.data.image import to_tensor
+from accessory.data.image import resize, to_tensor
 from accessory.vision.tower import Tower
 
 
 @torch.inference_mode()
-def pooled(tower: Tower, style: str, cache: Path | None = None, batch_size: int = 128) -> Tensor:
-    """Mean tokens (num_concepts, C) of the plain drawings of one style, on the CPU whatever the tower is on."""
-    from PIL import Image
+def described(tower: Tower, pictures: Sequence[Image.Image], batch_size: int = 128) -> Tensor:
+    """Mean tokens (n, C) of pictures, which are resized to the tower's size; on the CPU whatever the tower is on."""
+    out = []
+    for start in range(0, len(pictures), batch_size):
+        views = [resize(p.convert("RGB"), tower.size, tower.size) for p in pictures[start : start + batch_size]]
+        tiles = torch.stack([to_tensor(v) for v in views]).to(tower.mean.device)
+        out.append(tower.tokens(tiles)[0].float().mean(1).cpu())
+    return torch.cat(out)
 
+
+def pooled(tower: Tower, style: str, cache: Path | None = None, batch_size: int = 128) -> Tensor:
+    """As :func:`described` (num_concepts, C), of the plain drawings of one style."""
     drawn = emoji.pictures(style, cache=cache)
     out = []
     for start in range(0, len(drawn), batch_size):
-        views = [emoji.plain(np.asarray(p), tower.size) for p in drawn[start : start + batch_size]]
-        tiles = torch.stack([to_tensor(Image.fromarray(v)) for v in views]).to(tower.mean.device)
-        out.append(tower.tokens(tiles)[0].float().mean(1).cpu())
+        views = [Image.fromarray(emoji.plain(np.asarray(p), tower.size)) for p in drawn[start : start + batch_size]]
+        out.append(described(tower, views, batch_size))
     return torch.cat(out)
 
 

@@ -7,6 +7,9 @@ assets or folders that are named there. Base weights are never copied into it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from accessory import config as configuration
 from accessory.backbone.gguf import cached_gguf, single_file
 from accessory.backbone.llama import Llama, LlamaConfig
-from accessory.backbone.store import atomic_folder, read_file
+from accessory.backbone.store import atomic_folder, narrowed, read_file
 from accessory.backbone.weights import load_backbone
 from accessory.data import assets, template, tokenizer
 from accessory.data.encode import Encoder
@@ -37,6 +40,61 @@ ASSET = "asset:"
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "trainable.safetensors"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+SHIPPED = Path(__file__).resolve().parents[2] / "weights"
+"""Where the models lie that come with a checkout."""
+# Set while a saved folder is built: the values of its configuration do not know which file they came from.
+_BESIDE: ContextVar[Path | None] = ContextVar("beside", default=None)
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[None]:
+    """Names in the configuration of a saved ``folder`` count as :func:`find` says."""
+    before = _BESIDE.set(folder.absolute())
+    try:
+        yield
+    finally:
+        _BESIDE.reset(before)
+
+
+def find(name: str | Path) -> Path:
+    """The folder or file of a name, by one rule for configurations and commands.
+
+    A path counts from the working directory, then from each folder above the saved one whose configuration names it,
+    nearest first, then from the checkout; a single word is also the name of a shipped model. Of several, the first
+    with a ``config.yaml``, or else the first that exists; the name itself where there is none.
+    """
+    return next((p for p in _places(name) if (p / CONFIG_FILE).is_file()), None) or next(
+        (p for p in _places(name) if p.exists()), Path(name).expanduser()
+    )
+
+
+def _places(name: str | Path) -> list[Path]:
+    path, saved = Path(name).expanduser(), _BESIDE.get()
+    above = [] if saved is None else [up / path for up in saved.parents]
+    shipped = [SHIPPED / path] if len(path.parts) == 1 else []
+    return list(dict.fromkeys([path, *above, SHIPPED.parent / path, *shipped]))
+
+
+def base_folder(name: str) -> Path:
+    """The folder of a base. ValueError says where it was looked for and, for a run of ``exps/``, what makes it."""
+    folder = find(name)
+    if folder.is_dir():
+        return folder
+    tried = ", ".join(dict.fromkeys(str(p.absolute()) for p in _places(name)))
+    run, makes = folder.parent.name, ""
+    for file, verb in ((f"exps/{run}.sh", "bash"), (f"exps/{run}.yaml", "python -m accessory train")):
+        if not makes and folder.name == "final" and (SHIPPED.parent / file).is_file():
+            makes = f"; {verb} {file} makes it"
+    raise ValueError(f"there is no folder {name}{makes} (looked in {tried})")
+
+
+def is_generator(folder: str | Path) -> bool:
+    """Whether a folder is a generator's, and not, say, a chat model's."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        return False
+    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
+    return isinstance(tree, dict) and tree.get("kind") == "generator"
 
 
 @dataclass(frozen=True)
@@ -85,9 +143,8 @@ class ModelConfig:
 
     ``base`` names a model folder that this one stands on: everything but ``tuning`` is that model's, with its trained
     tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
-    slot, LoRA and scales are folded into the weights first. A path that is not found from the working directory counts
-    from the checkout, a single name from its ``weights``. ``base_sha256``, filled when the model is built, keeps a
-    model from being loaded on weights that it was not trained on.
+    slot, LoRA and scales are folded into the weights first. :func:`find` says what a name means. ``base_sha256``,
+    filled when the model is built, keeps a model from being loaded on weights that it was not trained on.
 
     ``quantization``: the backbone's frozen linears in fewer bits, before anything is attached (QLoRA with kind nf4).
     """
@@ -156,12 +213,14 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
 
 def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
     """The base model, frozen as it was trained, with ``tuning`` on top."""
-    base = load(base_folder(config), cache=cache)
-    own, digest = config.base_sha256, _digest(base_folder(config) / WEIGHTS_FILE)
+    assert config.base is not None
+    folder = base_folder(config.base)
+    base = load(folder, cache=cache)
+    own, digest = config.base_sha256, _digest(folder / WEIGHTS_FILE)
     if own not in (None, digest):
         raise ValueError(
-            f"model.base {config.base} is not the one that this model was trained on: {WEIGHTS_FILE} has SHA-256 "
-            f"{digest}, base_sha256 is {own}"
+            f"model.base {config.base} is not the one that this model was trained on: {folder / WEIGHTS_FILE} has "
+            f"SHA-256 {digest}, base_sha256 is {own}"
         )
     resolved = replace(base.config, base=config.base, base_sha256=digest, tuning=config.tuning)
     if config.quantization is not None:
@@ -201,14 +260,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def base_folder(config: ModelConfig) -> Path:
-    """Where the base model lies."""
-    assert config.base is not None
-    path, checkout = Path(config.base).expanduser(), Path(__file__).resolve().parents[2]
-    tried = [path, checkout / path, *([checkout / "weights" / path] if len(path.parts) == 1 else [])]
-    return next((p for p in tried if (p / CONFIG_FILE).is_file()), path if path.exists() else checkout / path)
-
-
 def _promote(net: nn.Module) -> None:
     """What trains is kept in fp32, so that a small step is not lost in bf16's eight bits."""
     for p in net.parameters():
@@ -220,7 +271,7 @@ def _asset(reference: str, cache: Path | None) -> Path:
     """The folder of ``asset:NAME``, or the path itself."""
     if reference.startswith(ASSET):
         return assets.asset_dir(reference.removeprefix(ASSET), cache)
-    return Path(reference).expanduser()
+    return find(reference)
 
 
 def _backbone(config: BackboneConfig, cache: Path | None, quantization: Quantization | None) -> tuple[Llama, Tokenizer]:
@@ -260,7 +311,7 @@ def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
         name = config.weights.removeprefix(ASSET)
         load_tower(tower, load_efficientnet_lite(assets.single_file(name, "**/*.pth", cache)))
     else:
-        load_tower(tower, read_file(Path(config.weights).expanduser()))
+        load_tower(tower, read_file(find(config.weights)))
     return tower
 
 
@@ -288,10 +339,14 @@ def write_config(folder: Path, config: ModelConfig) -> None:
 
 
 def save(model: Model, folder: Path, *, dtype: Literal["fp32", "fp16", "bf16"] = "fp32") -> None:
-    """Write a model folder, all or nothing. ``fp16`` halves the file and keeps eleven bits."""
+    """Write a model folder, all or nothing. ``fp16`` halves the file and keeps eleven bits; a tensor that it cannot
+    hold stays as it is.
+
+    Raises:
+        ValueError: when the folder holds something already, or a tensor is not finite.
+    """
     with atomic_folder(folder) as private:
-        state = {k: v.to(DTYPES[dtype]).contiguous() for k, v in exported(model.net).items()}
-        save_file(state, private / WEIGHTS_FILE)
+        save_file(narrowed(exported(model.net), DTYPES[dtype]), private / WEIGHTS_FILE)
         write_config(private, model.config)
 
 
@@ -306,9 +361,12 @@ def load(folder: Path, *, cache: Path | None = None, train: bool = False) -> Mod
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not a model folder: {name} is missing")
     path = folder / CONFIG_FILE
+    if is_generator(folder):
+        raise ValueError(f"{folder} is a generator, which makes pictures; a model that reads and speaks is wanted")
     # Not configuration.load: there ``base`` at the top would be the name of another file.
     tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
-    model = build(configuration.build(tree, ModelConfig, str(path)), cache=cache, train=True)
+    with beside(folder):
+        model = build(configuration.build(tree, ModelConfig, str(path)), cache=cache, train=True)
     state = read_file(folder / WEIGHTS_FILE)
     wanted = trainable_state(model.net)
     load_trainable(model.net, {k: v.to(wanted[k].dtype) if k in wanted else v for k, v in state.items()})

@@ -72,8 +72,10 @@ class DreamConditioner(nn.Module):
         row = self.model.encoder.encode(Sample(tuple(prompt)), generate=True)
         return row.ids, row.tiles
 
-    def condition(self, prompts: Sequence[Prompt]) -> Condition:
-        """Conditions of B prompts; a long text loses its end (:meth:`lost` says how much)."""
+    def condition(self, prompts: Sequence[Prompt], noise: Sequence[torch.Generator] | None = None) -> Condition:
+        """Conditions of B prompts; a long text loses its end (:meth:`lost` says how much). ``noise``: one generator a
+        picture for queries that are drawn (``dream.query``); None: always the same."""
+        drawn = None if noise is None else self.dream.noise.draw(noise)
         rows = [self.context(p) for p in prompts]
         longest, device = max(len(ids) for ids, _ in rows), self.dream.queries.device
         ids = torch.full((len(rows), longest), self.model.tokenizer.pad_id)
@@ -82,7 +84,7 @@ class DreamConditioner(nn.Module):
             ids[i, : len(row)], mask[i, : len(row)] = row, True
         pictures = [tiles for _, tiles in rows if len(tiles)]
         tiles = torch.cat(pictures).to(device) if pictures else None
-        return self.dream.condition(ids.to(device), tiles, mask=mask.to(device))
+        return self.dream.condition(ids.to(device), tiles, mask=mask.to(device), noise=drawn)
 
     def null(self, n: int) -> Condition:
         """The bridge's null condition, n times."""
@@ -190,8 +192,10 @@ def _model(source: str | ModelConfig, dtype: str, cache: Path | None) -> tuple[M
 
 def _named(source: str, dtype: str) -> ModelConfig:
     """The configuration of a model folder, or of a bare language model."""
-    based = ModelConfig(base=source)
-    if not source.startswith(build.ASSET) and (build.base_folder(based) / build.CONFIG_FILE).is_file():
-        return based
+    if not source.startswith(build.ASSET):
+        path = build.find(source)
+        path = path if path.is_file() else build.base_folder(source)
+        if (path / build.CONFIG_FILE).is_file():
+            return ModelConfig(base=source)
     backbone = BackboneConfig(source=source, dtype="fp32" if dtype == "fp32" else "bf16")
     return ModelConfig(backbone=backbone, tower=None, projector=None)

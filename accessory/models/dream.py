@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from accessory.backbone.llama import tap_layers
 from accessory.diffusion.condition import Condition, join
-from accessory.models.connector import Connector, ConnectorConfig, Heads, HeadsConfig, Mix
-from accessory.models.dream_spans import DreamSpan, Drop, NullPolicy, hide_spans, is_prompt, prompts, without
+from accessory.models.connector import Connector, Heads, Mix
+from accessory.models.dream_config import DreamConfig as DreamConfig
+from accessory.models.dream_config import Residual as Residual
+from accessory.models.dream_config import TapConfig as TapConfig
+from accessory.models.dream_queries import QueryNoise
+from accessory.models.dream_spans import DreamSpan, Drop, hide_spans, is_prompt, prompts, without
 from accessory.models.mllm import MLLM
 from accessory.models.splice import splice
 from accessory.nn.cache import KVCache, Past
@@ -20,59 +23,6 @@ from accessory.tokens import DREAM, DREAM_END, DREAM_START, IMAGE
 
 Taps = dict[int | None, Tensor]
 """States (B, T, D) by block; None is the final normed ones."""
-
-
-@dataclass(frozen=True)
-class TapConfig:
-    """Which states are read: blocks (``null``: the final normed states), how they are mixed (``last`` takes one layer),
-    an RMS norm for each, and whether at the queries, at the prompt before them, or at both."""
-
-    layers: tuple[int | None, ...] = (None,)
-    mix: Literal["last", "concat", "softmax"] = "last"
-    norm: bool = False
-    positions: Literal["queries", "prompt", "both"] = "queries"
-
-
-@dataclass(frozen=True)
-class Residual:
-    """What comes out stands on the prompt's own states of block ``tap`` (``null``: final normed), those that the
-    denoiser was trained on; with zero-init heads the bridge starts as the plain text encoder."""
-
-    tap: int | None = None
-
-
-@dataclass(frozen=True)
-class DreamConfig:
-    """A bridge as a value; see ``dream_presets``.
-
-    ``hide_queries_from_future``: later text neither sees nor counts a span's queries. ``joint``: the context is always
-    run together with its span, with gradients (for a backbone that trains); otherwise first the context, exactly as a
-    text encoder does, then the span on its cache. ``trigger``: None adds a token of our own; an id makes a row that the
-    vocabulary has for it the trigger (checkpoints of DreamLLM). ``null_ids``: the text of the empty context.
-    """
-
-    num_queries: int = 64
-    tap: TapConfig = field(default_factory=TapConfig)
-    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
-    heads: HeadsConfig = field(default_factory=HeadsConfig)
-    residual: Residual | None = None
-    hide_queries_from_future: bool = False
-    joint: bool = False
-    trigger: int | None = None
-    null_ids: tuple[int, ...] = ()
-    drop: NullPolicy = field(default_factory=NullPolicy)
-
-    def __post_init__(self) -> None:
-        positions = self.tap.positions
-        if self.num_queries < 0 or (self.num_queries == 0 and positions == "queries"):
-            raise ValueError(f"num_queries is {self.num_queries}, but tap.positions {positions!r} reads them")
-        if self.residual is not None and (positions == "queries" or self.connector.kind == "gen_adapter"):
-            raise ValueError(
-                f"residual adds to the prompt's positions; tap.positions {positions!r} through "
-                f"connector.kind {self.connector.kind!r} does not lead there"
-            )
-        if any(i < 0 for i in self.null_ids):
-            raise ValueError(f"null_ids are text, got the placeholders in {self.null_ids}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +82,8 @@ class Dream(nn.Module):
         tapped = list(config.tap.layers) + ([config.residual.tap] if config.residual else [])
         tap_layers(tuple(i for i in tapped if i is not None), n)  # raises on a layer that is not there
         self.tapped = tuple(dict.fromkeys(tapped))
-        self.queries = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
+        self.noise = QueryNoise(config.query, config.num_queries, dim)
+        self.queries = nn.Parameter(torch.randn(self.noise.learned, dim) * 0.02)
         self.end = nn.Parameter(_mean_embedding(net))
         own = config.trigger is None
         self.register_parameter("start", nn.Parameter(_mean_embedding(net)) if own else None)
@@ -166,11 +117,18 @@ class Dream(nn.Module):
         return torch.cat((scores, (h @ self.start_output.to(h.dtype))[..., None]), -1)
 
     def embed(
-        self, ids: Tensor, tiles: Tensor | None = None, features: Tensor | None = None, *, cropped: bool = False
+        self,
+        ids: Tensor,
+        tiles: Tensor | None = None,
+        features: Tensor | None = None,
+        *,
+        cropped: bool = False,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Input vectors (B, T, D) of ids (B, T) as :meth:`MLLM.embed` makes them, spans filled in.
 
-        ``cropped``: triggers alone stand for spans, as in a cache that hides them. ValueError for a torn span.
+        ``cropped``: triggers alone stand for spans, as in a cache that hides them. ``noise`` (N, Q, D) of the N spans'
+        queries, of ``self.noise.draw``; None: always the same. ValueError for a torn span.
         """
         count = int((ids == DREAM_START).sum()) if cropped else len(self.span.find(ids)[0])
         x = self.net.embed(ids, tiles, features)
@@ -180,7 +138,7 @@ class Dream(nn.Module):
         x = splice(x, ids == DREAM_START, start.expand(count, -1), "dream_start")
         count = 0 if cropped else count
         x = splice(x, ids == DREAM_END, self.end.expand(count, -1), "dream_end")
-        return splice(x, ids == DREAM, self.queries.expand(count, -1, -1).flatten(0, 1), "dream")
+        return splice(x, ids == DREAM, self.noise(self.queries, count, noise).flatten(0, 1), "dream")
 
     def read(
         self,
@@ -192,10 +150,11 @@ class Dream(nn.Module):
         cache: KVCache | None = None,
         context: Tensor | None = None,
         cropped: bool = False,
+        noise: Tensor | None = None,
     ) -> States:
         """States of ids (B, T); see :meth:`MLLM.forward`, :meth:`embed`. ``mask`` (B, past + T) marks padding only."""
         backbone = self.net.backbone
-        x = self.embed(ids, tiles, features, cropped=cropped)
+        x = self.embed(ids, tiles, features, cropped=cropped, noise=noise)
         if context is None and tiles is not None:
             context = self.net.context(ids, tiles)
         positions, t = None, ids.shape[1]
@@ -222,17 +181,19 @@ class Dream(nn.Module):
         mask: Tensor | None = None,
         sizes: Tensor | None = None,
         drop: Sequence[Drop] | None = None,
+        noise: Tensor | None = None,
     ) -> Dreamt:
         """Sequences ids (B, T) with any number of spans in one run: final states, and the conditions of all N spans.
 
         ``mask``: (B, T), False on padding. ``sizes``: (N, 6). ``drop``: N draws of ``config.drop``.
+        ``noise``: see :meth:`embed`.
 
         Raises:
             ValueError: for a torn span, or when ``drop`` and spans differ in number.
         """
         if drop is not None and features is None and tiles is not None and self.net.projector is not None:
             features = self.net.encode(tiles)
-        states = self.read(ids, tiles, features=features, mask=mask)
+        states = self.read(ids, tiles, features=features, mask=mask, noise=noise)
         h = self._anchored(states.final)
         rows, columns = self.span.find(ids)
         if not len(rows):
@@ -243,7 +204,7 @@ class Dream(nn.Module):
         if drop is not None:
             if len(drop) != len(rows):
                 raise ValueError(f"the batch holds {len(rows)} dream spans, drop names {len(drop)}")
-            condition = self._drop(condition, drop, ids, rows, index, real, features)
+            condition = self._drop(condition, drop, ids, rows, index, real, features, noise)
         return Dreamt(h, condition if sizes is None else replace(condition, sizes=sizes))
 
     def connect(self, queries: Taps, prompt: Taps, real: Tensor) -> Condition:
@@ -266,6 +227,7 @@ class Dream(nn.Module):
         seq, pooled = self.heads(features, seen)
         if config.residual is not None:
             base = prompt[config.residual.tap]
+            base = self.net.backbone.norm(base) if config.residual.normed else base
             # What the queries know reaches the prompt's positions through the connector; the layout stays the prompt's.
             seq, seen = (base + seq[:, seq.shape[1] - base.shape[1] :]).to(base.dtype), real
         return Condition(seq=seq, mask=seen, pooled=pooled)
@@ -282,15 +244,17 @@ class Dream(nn.Module):
         features: Tensor | None = None,
         mask: Tensor | None = None,
         sizes: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Condition:
-        """Conditions of B pictures, one for each context ids (B, T); the span is put behind it here.
+        """Conditions of B pictures, one for each context ids (B, T); the span is put behind it here. ``noise``
+        (B, Q, D): see :meth:`embed`.
 
         Raises:
             ValueError: when the backbone trains and the bridge is not ``joint``.
         """
         if self.config.joint:
             whole, mask = self._with_span(ids, mask)
-            made = self(whole, tiles, features=features, mask=mask, sizes=sizes).condition
+            made = self(whole, tiles, features=features, mask=mask, sizes=sizes, noise=noise).condition
             assert isinstance(made, Condition)
             return made
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.net.parameters()):
@@ -298,10 +262,12 @@ class Dream(nn.Module):
         cache = self.net.backbone.cache(*ids.shape)
         with torch.no_grad():
             before = self.read(ids, tiles, features=features, mask=mask, cache=cache)
-        made, _ = self.imagine(before, cache)
+        made, _ = self.imagine(before, cache, noise=noise)
         return made if sizes is None else replace(made, sizes=sizes)
 
-    def imagine(self, before: States, cache: KVCache, *, keep: bool = False) -> tuple[Condition, States]:
+    def imagine(
+        self, before: States, cache: KVCache, *, keep: bool = False, noise: Tensor | None = None
+    ) -> tuple[Condition, States]:
         """The pictures (B) that cached contexts call for, and the states of all that the cache holds after it.
 
         ``before``: the states of all that it holds now. The cache stays as it is; with ``keep`` it takes the span, of
@@ -313,7 +279,8 @@ class Dream(nn.Module):
         if n or keep:
             span = torch.tensor(self.span.ids(), device=before.ids.device).expand(len(before.ids), -1)
             mask = torch.cat((before.real, before.real.new_ones(span.shape)), 1)
-            after = self.read(span, mask=mask, cache=cache if keep else Past(cache), context=before.context)
+            into = cache if keep else Past(cache)
+            after = self.read(span, mask=mask, cache=into, context=before.context, noise=noise)
             queries = {k: v[:, 1 : 1 + n] for k, v in after.taps.items()}
             if keep and self.config.hide_queries_from_future:
                 cache.truncate(past + 1)
@@ -326,8 +293,11 @@ class Dream(nn.Module):
         longer = None if mask is None else torch.cat((mask, mask.new_ones(span.shape)), 1)
         return torch.cat((ids, span), 1), longer
 
-    def dropped(self, ids: Tensor, kind: Drop, features: Tensor | None = None) -> Condition:
-        """The condition of one context ids (T) without a part of it; ``features`` (N, P, D) of its pictures.
+    def dropped(
+        self, ids: Tensor, kind: Drop, features: Tensor | None = None, noise: Tensor | None = None
+    ) -> Condition:
+        """The condition of one context ids (T) without a part of it; ``features`` (N, P, D) of its pictures. The null
+        condition takes no ``noise`` (1, Q, D): there is only one.
 
         Training and guidance at inference both come here, one context at a time, so they see the same tensor.
         """
@@ -335,7 +305,7 @@ class Dream(nn.Module):
             return self.null()
         rest = without(ids, kind, self.null_ids)
         pictures = features if bool((rest == IMAGE).any()) else None
-        return self.condition(rest[None], features=pictures)
+        return self.condition(rest[None], features=pictures, noise=noise)
 
     @property
     def null_ids(self) -> tuple[int, ...]:
@@ -367,6 +337,7 @@ class Dream(nn.Module):
         index: Tensor,
         real: Tensor,
         features: Tensor | None,
+        noise: Tensor | None,
     ) -> Condition:
         made, null = [], self.null() if "all" in drop else None
         order = (ids == IMAGE).flatten().cumsum(0).view_as(ids) - 1  # which feature a placeholder stands for
@@ -382,7 +353,7 @@ class Dream(nn.Module):
                 context = ids[rows[i], before]
                 flat = None if features is None else features.flatten(0, 1)
                 own = None if flat is None else flat[order[rows[i], before][context == IMAGE]][None]
-                made.append(self.dropped(context, kind, own))
+                made.append(self.dropped(context, kind, own, None if noise is None else noise[i : i + 1]))
         return join(made)
 
     def _anchored(self, h: Tensor) -> Tensor:

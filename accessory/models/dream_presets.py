@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from accessory.models.connector import ConnectorConfig, HeadsConfig
-from accessory.models.dream import DreamConfig, Residual, TapConfig
+from accessory.models.dream_config import DreamConfig, Residual, TapConfig
 from accessory.models.dream_spans import NullPolicy
 
 PRESETS: dict[str, DreamConfig] = {

@@ -15,8 +15,10 @@ from accessory.backbone.hf import load_pickle
 from accessory.backbone.keys import check_keys
 from accessory.backbone.store import atomic_folder, read_file, write_file
 from accessory.models.connector import ConnectorConfig, HeadsConfig
-from accessory.models.dream import Dream, DreamConfig, TapConfig
+from accessory.models.dream import Dream
+from accessory.models.dream_config import DreamConfig, TapConfig
 from accessory.models.dream_presets import PRESETS
+from accessory.models.dream_queries import QueryConfig
 from accessory.models.mllm import MLLM
 from accessory.nn.projection import Kind
 
@@ -183,8 +185,11 @@ def to_dreamllm(dream: Dream) -> dict[str, dict[str, Tensor]]:
     """
     config = dream.config
     kind = config.connector.kind
-    if kind not in ("linear", "mlp") or config.tap != TapConfig() or config.heads != HeadsConfig():
-        raise ValueError(f"DreamLLM has no bridge of connector.kind {kind!r}, {config.tap}, {config.heads}")
+    plain = (config.tap, config.heads, config.query) == (TapConfig(), HeadsConfig(), QueryConfig())
+    if kind not in ("linear", "mlp") or not plain:
+        raise ValueError(
+            f"DreamLLM has no bridge of connector.kind {kind!r}, {config.tap}, {config.heads}, {config.query}"
+        )
     state = own_state(dream)
     layers = {k.removeprefix("connector.body."): v for k, v in state.items() if k.startswith("connector.body.")}
     head = {f"projector.{k}": v for k, v in to_zoo("linear" if kind == "linear" else "mlp", layers).items()}

@@ -19,13 +19,15 @@ from torch import Tensor
 from accessory import config as configuration
 from accessory import log
 from accessory.backbone.keys import check_keys
-from accessory.backbone.store import atomic_folder, read_file, write_file
+from accessory.backbone.store import atomic_folder, narrowed, read_file, write_file
 from accessory.diffusion import autoencoder, dit_weights, unet
 from accessory.diffusion.flag_dit import FlagDiT
 from accessory.diffusion.latents import Codec, PixelCodec, load_vae
 from accessory.diffusion.sampler import SamplerSettings
 from accessory.diffusion.unet import DiffusersDenoiser
-from accessory.models.build import CONFIG_FILE, DTYPES, WEIGHTS_FILE, ModelConfig, base_folder
+from accessory.models import build
+from accessory.models.build import CONFIG_FILE, DTYPES, WEIGHTS_FILE, base_folder, find
+from accessory.models.build import is_generator as is_generator
 from accessory.models.conditioner import TextConditioner, build_conditioner
 from accessory.models.generator_config import (
     AutoencoderSource,
@@ -81,12 +83,13 @@ def _assemble(config: GeneratorConfig, cache: Path | None) -> Generator:
 
 def _on_base(config: GeneratorConfig, cache: Path | None) -> Generator:
     """A loaded base with other tuning, and perhaps another conditioner."""
-    folder = base_folder(ModelConfig(base=config.base))
+    assert config.base is not None
+    folder = base_folder(config.base)
     digest = hashlib.sha256(_bytes(folder)).hexdigest()
     if config.base_sha256 not in (None, digest):
         raise ValueError(
-            f"base {config.base} is not the generator that this one was trained on: it has SHA-256 {digest}, "
-            f"base_sha256 is {config.base_sha256}"
+            f"base {config.base} is not the generator that this one was trained on: {folder / WEIGHTS_FILE} has "
+            f"SHA-256 {digest}, base_sha256 is {config.base_sha256}"
         )
     base = load_generator(folder, cache=cache)
     said = [
@@ -111,11 +114,11 @@ def _on_base(config: GeneratorConfig, cache: Path | None) -> Generator:
 def _denoiser(config: DenoiserConfig) -> FlagDiT | DiffusersDenoiser:
     dtype = DTYPES[config.dtype]
     if not isinstance(config, FlagDiTSource):
-        return unet.load(_path(config.source), prediction=config.prediction, dtype=dtype)
+        return unet.load(find(config.source), prediction=config.prediction, dtype=dtype)
     if config.source is None:
         assert config.config is not None
         return FlagDiT(config.config).to(dtype)
-    return dit_weights.load(_path(config.source), dtype, config.config)
+    return dit_weights.load(find(config.source), dtype, config.config)
 
 
 def _codec(config: CodecConfig) -> Codec:
@@ -124,13 +127,8 @@ def _codec(config: CodecConfig) -> Codec:
     if isinstance(config, AutoencoderSource):
         if config.source is None:
             return autoencoder.TinyAutoencoder(config.config)
-        return autoencoder.load(_path(config.source))
-    return load_vae(_path(config.source), config.family)
-
-
-def _path(name: str) -> Path:
-    """A path that counts from the working directory or else from the checkout."""
-    return base_folder(ModelConfig(base=name))
+        return autoencoder.load(find(config.source))
+    return load_vae(find(config.source), config.family)
 
 
 def _matching(generator: Generator, patterns: Sequence[str]) -> set[str]:
@@ -148,13 +146,16 @@ def _matching(generator: Generator, patterns: Sequence[str]) -> set[str]:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def is_generator(folder: str | Path) -> bool:
-    """Whether a folder is a generator's, and not, say, a chat model's."""
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        return False
-    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
-    return isinstance(tree, dict) and tree.get("kind") == "generator"
+def find_generator(name: str | Path) -> Path:
+    """A generator folder by its path, or a shipped one by its name; ValueError lists these."""
+    folder = find(name)
+    if is_generator(folder):
+        return folder
+    shipped = sorted(p.name for p in build.SHIPPED.glob("*") if is_generator(p))
+    there = f"shipped ones are: {', '.join(shipped)}" if shipped else "this checkout ships none"
+    there += f"; did you mean {folder / 'final'}?" if is_generator(folder / "final") else ""
+    kind = "a chat model" if (folder / CONFIG_FILE).is_file() else "no model folder"
+    raise ValueError(f"{name} is {kind}; a generator is wanted (config.yaml with kind: generator); {there}")
 
 
 def saved_state(generator: Generator) -> dict[str, Tensor]:
@@ -170,15 +171,14 @@ def _saved(generator: Generator) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_generator(generator: Generator, folder: str | Path, dtype: Dtype = "fp32") -> None:
-    """Write a generator folder, all or nothing; ``fp16`` halves it and keeps eleven bits.
+    """Write a generator folder, all or nothing; ``fp16`` halves it and keeps eleven bits (a tensor that it cannot hold
+    stays as it is).
 
     Raises:
-        ValueError: when the folder holds something already.
+        ValueError: when the folder holds something already, or a tensor is not finite.
     """
     with atomic_folder(Path(folder)) as private:
-        to = DTYPES[dtype]
-        state = {k: v.cpu().to(to) if v.is_floating_point() else v.cpu() for k, v in _saved(generator)}
-        write_file(state, private / WEIGHTS_FILE)
+        write_file(narrowed(saved_state(generator), DTYPES[dtype]), private / WEIGHTS_FILE)
         (private / CONFIG_FILE).write_text(configuration.dump(generator.config), encoding="utf-8")
 
 
@@ -201,7 +201,8 @@ def load_generator(folder: str | Path, *, cache: Path | None = None, train: bool
     Raises:
         ValueError: when the folder is not a generator's, or its weights do not fit its configuration.
     """
-    made = build_generator(read_generator_config(folder), cache=cache, train=train)
+    with build.beside(Path(folder)):
+        made = build_generator(read_generator_config(folder), cache=cache, train=train)
     path = Path(folder) / WEIGHTS_FILE
     own, state = saved_state(made), read_file(path)
     check_keys({name: tuple(t.shape) for name, t in own.items()}, state, str(path))

@@ -11,7 +11,7 @@ from accessory.diffusion.flag_dit import FlagDiTConfig
 from accessory.diffusion.sampler import SamplerSettings
 from accessory.models import text_profiles
 from accessory.models.build import ModelConfig
-from accessory.models.dream import DreamConfig
+from accessory.models.dream_config import DreamConfig
 from accessory.models.text_profiles import TextProfile
 
 Dtype = Literal["fp32", "bf16", "fp16"]

@@ -83,14 +83,17 @@ class Generator(nn.Module):
 
     # --- conditions ---------------------------------------------------------------------------------------------------
 
-    def condition(self, prompts: Sequence[Prompt]) -> Condition:
-        """Conditions of B prompts: texts, or dialogues whose answer is the picture.
+    def condition(self, prompts: Sequence[Prompt], noise: Sequence[torch.Generator] | None = None) -> Condition:
+        """Conditions of B prompts: texts, or dialogues whose answer is the picture. ``noise``: one generator a picture
+        for conditioners that draw (see :class:`DreamConditioner`); others leave them as they are.
 
         Raises:
             ValueError: for one string, for none, and for what this conditioner cannot read.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError("there are no prompts" if not prompts else "prompts is one string; put it into a list")
+        if isinstance(self.conditioner, DreamConditioner):
+            return self.conditioner.condition(prompts, noise)
         return self.conditioner.condition(prompts)
 
     def null(self, n: int, negative: Sequence[str] | None = None) -> Condition:

@@ -23,6 +23,7 @@ from accessory.backbone.keys import config_from_dict
 from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.quantized import layout
 from accessory.backbone.sizes import SIZES, from_hf_config
+from accessory.models import build
 from accessory.models.build import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, base_folder
 from accessory.nn.attention import SHORT
 from accessory.peft.quantize import Quantization
@@ -160,13 +161,11 @@ def find(name: str) -> Subject:
     size, plus, tower = name.partition("+")
     if size in SIZES and not Path(name).exists():
         return Subject(name, SIZES[size], _vision_bytes(tower, SIZES[size].dim) if plus else 0)
-    path = Path(name).expanduser()
-    shipped = Path(__file__).resolve().parents[2] / "weights" / path
-    for folder in (path, shipped if len(path.parts) == 1 else path):
-        if (folder / CONFIG_FILE).is_file():
-            return _of_folder(name, folder)
-        if (folder / "config.json").is_file():
-            return Subject(name, _stated(folder))
+    folder = build.find(name)
+    if (folder / CONFIG_FILE).is_file():
+        return _of_folder(name, folder)
+    if (folder / "config.json").is_file():
+        return Subject(name, _stated(folder))
     near = difflib.get_close_matches(size, SIZES, n=3)
     raise ValueError(
         f"{name} is neither a model folder nor a size; did you mean {' or '.join(near)}?"
@@ -194,7 +193,7 @@ def _of_folder(name: str, folder: Path) -> Subject:
     text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
     config = configuration.build(configuration.parse(text, name), ModelConfig, name)
     if config.base is not None:
-        below = _of_folder(config.base, base_folder(config))
+        below = _of_folder(config.base, base_folder(config.base))
         return Subject(name, below.backbone, below.rest + (folder / WEIGHTS_FILE).stat().st_size)
     backbone = _backbone(config, name)
     trained = store.read_file(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else {}
@@ -216,7 +215,7 @@ def _backbone(config: ModelConfig, name: str) -> LlamaConfig:
         return llama
     if source == "asset:smollm2":  # the default, planned also where it has not been fetched
         return SIZES["smollm2-135m"]
-    folder = Path(source or "").expanduser()
+    folder = build.find(source or "")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name}: backbone.source {source} has no config.json, so its sizes are not known")
     return _stated(folder)

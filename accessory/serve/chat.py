@@ -26,10 +26,6 @@ from accessory.schema import Part, Turn
 from accessory.serve.answer import Answer, Cost, Prompt, common
 from accessory.serve.media import Limits, Source, turns_of, user_turn
 
-SHIPPED = Path(__file__).resolve().parents[2] / "weights"
-"""Where the models lie that come with a checkout."""
-
-
 Event = TypeVar("Event")
 Event_co = TypeVar("Event_co", covariant=True)
 
@@ -350,12 +346,15 @@ class Sessions(Generic[Talk]):
 
 def find_model(name: str | Path) -> Path:
     """A model folder from its path or the name of a model that comes with a checkout; ValueError lists these."""
-    path = Path(name).expanduser()
-    for folder in (path, SHIPPED / path if len(path.parts) == 1 and not path.is_absolute() else path):
-        if (folder / build.CONFIG_FILE).is_file():
-            return folder
-    shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{build.CONFIG_FILE}"))
+    path = build.find(name)
+    drawing = build.is_generator(path)
+    if (path / build.CONFIG_FILE).is_file() and not drawing:
+        return path
+    folders = (p.parent for p in build.SHIPPED.glob(f"*/{build.CONFIG_FILE}"))
+    shipped = sorted(p.name for p in folders if not build.is_generator(p))
     there = f"shipped models are: {', '.join(shipped)}" if shipped else "this checkout ships no models"
+    if drawing:
+        raise ValueError(f"{name} is a generator, which makes pictures and does not speak; {there}")
     guesses = [str(path / "final")] if (path / "final" / build.CONFIG_FILE).is_file() else []
     guesses += difflib.get_close_matches(path.name, shipped, n=1)
     hint = f"; did you mean {guesses[0]}?" if guesses else ""

@@ -15,7 +15,7 @@ from accessory.backbone.generate import Sampling
 from accessory.models.build import Model
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.dream import Dream
-from accessory.models.generator import Generator, load_generator
+from accessory.models.generator import Generator, find_generator, load_generator
 from accessory.nn.cache import KVCache
 from accessory.schema import Part, Turn
 from accessory.serve import chat
@@ -189,12 +189,14 @@ def load(
     limits: Limits | None = None,
     controls: Controls | None = None,
 ) -> IllustratedModel:
-    """The model of a folder with the pictures of a generator folder; arguments as :func:`accessory.serve.chat.load`.
+    """The model of a folder with the pictures of a generator; arguments as :func:`accessory.serve.chat.load`, and the
+    generator too may be a shipped one's name.
 
     Raises:
         ValueError: for folders that are none, and a model that cannot see pictures.
     """
+    where = find_generator(generator)  # first: a mistake should not cost the loading of a model
     model = chat.load(folder, cache=cache, device=device, sampling=sampling, limits=limits)
-    drawing = load_generator(Path(generator), cache=cache)
+    drawing = load_generator(where, cache=cache)
     drawing.to(next(model.model.net.parameters()).device)
     return IllustratedModel(model, drawing, controls=controls)

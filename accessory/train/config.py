@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_FIXED = ("model", "generator", "objective", "data", "train.seed", "train.accumulation", "train.batch_size")
+_OF_TRAIN = ("train.seed", "train.accumulation", "train.batch_size", "train.optimizer")
+_FIXED = ("model", "generator", "objective", "data", *_OF_TRAIN)
 _FREE = ("data.workers", "data.max_bad_rate")  # batches are the same whatever they are
 
 
@@ -86,7 +87,10 @@ class TrainConfig:
     ``batch_size`` counts samples of one micro-batch on one rank; an update sees ``batch_size x accumulation x ranks``.
     ``schedule_by='time'`` lets the cosine follow the wall clock, so that a run with a fixed time budget ends with a
     cooled-down learning rate whatever the machine's speed. ``clip_norm`` None does not clip; ``threads`` None leaves
-    torch's choice; ``log_every`` and ``checkpoint_every`` count updates.
+    torch's choice; ``precision`` bf16 computes in bf16 on a GPU, and on a CPU only with ``cpu_autocast``: it pays where
+    most weights train, and costs where frozen fp32 weights are converted at every step. ``optimizer`` muon updates
+    hidden matrices by :class:`torch.optim.Muon` (same learning rates, as its updates are scaled to AdamW's size) and
+    all others by AdamW. ``log_every`` and ``checkpoint_every`` count updates.
     """
 
     output_dir: str
@@ -101,6 +105,8 @@ class TrainConfig:
     eps: float = 1e-8
     clip_norm: float | None = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
+    cpu_autocast: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
     checkpoint_every: int = 500
     keep_last: int = 2
     log_every: int = 10

@@ -14,6 +14,7 @@ from accessory.diffusion.condition import Condition
 from accessory.diffusion.denoiser import Latents
 from accessory.diffusion.latent_cache import CacheReader, CacheWriter, condition_of, fingerprint, rows_of, text_key
 from accessory.diffusion.latents import LatentCodec, Moments
+from accessory.models.dream_queries import QueryNoise
 from accessory.schema import Prompt, Targets
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ class Features:
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains(generator.codec)):
             return generator.codec.encode(targets.pixels, list(noise))
 
-    def condition(self, generator: Generator, prompts: Sequence[Prompt]) -> Condition:
-        """The condition of every prompt."""
+    def condition(
+        self, generator: Generator, prompts: Sequence[Prompt], noise: Sequence[torch.Generator] | None = None
+    ) -> Condition:
+        """The condition of every prompt; ``noise`` as of :meth:`Generator.condition`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains(generator.conditioner)):
-            return generator.condition(prompts)
+            return generator.condition(prompts, noise)
 
     def null(self, generator: Generator) -> Condition:
         """One row: what guidance at inference starts from."""
@@ -55,19 +58,24 @@ class CachedFeatures(Features):
         generator: its codec and conditioner are frozen.
         folder: where caches lie; each codec and each conditioner has its own by digest.
         about: what else decides the conditions (the profile, for instance).
-        writer: number of this process.
+
+    Several runs, and the ranks of one, may share a folder; each sees what the others have written.
 
     Raises:
-        ValueError: when the codec or the conditioner trains: its features would be those of its first step for ever.
+        ValueError: when the codec or the conditioner trains: its features would be those of its first step for ever;
+            and for a bridge whose queries are drawn for every picture.
     """
 
-    def __init__(self, generator: Generator, folder: Path, about: str, writer: int = 0) -> None:
+    def __init__(self, generator: Generator, folder: Path, about: str) -> None:
         for name in ("codec", "conditioner"):
             if trains(getattr(generator, name)):
                 raise ValueError(f"cache_features: the {name} trains, so that its features change with every step")
+        for module in generator.conditioner.modules():
+            if isinstance(module, QueryNoise) and module.config.kind != "learned":
+                raise ValueError(f"cache_features: dream.query.kind {module.config.kind!r} is drawn for every picture")
         words = fingerprint(generator.conditioner, about=about)
-        self._latents = _Rows(folder, "latents", generator.codec.digest(), writer)
-        self._texts = _Rows(folder, "texts", words, writer)
+        self._latents = _Rows(folder, "latents", generator.codec.digest())
+        self._texts = _Rows(folder, "texts", words)
         self._null: Condition | None = None
 
     def latents(self, generator: Generator, targets: Targets, noise: Sequence[torch.Generator]) -> Latents:
@@ -81,8 +89,10 @@ class CachedFeatures(Features):
         drawn = [Moments(r["mean"], r.get("std")).sample([g])[0] for r, g in zip(rows, noise, strict=True)]
         return torch.stack(drawn) if len({d.shape for d in drawn}) == 1 else drawn
 
-    def condition(self, generator: Generator, prompts: Sequence[Prompt]) -> Condition:
-        """See :class:`Features`.
+    def condition(
+        self, generator: Generator, prompts: Sequence[Prompt], noise: Sequence[torch.Generator] | None = None
+    ) -> Condition:
+        """See :class:`Features`; nothing is drawn.
 
         Raises:
             ValueError: for prompts with pictures.
@@ -111,9 +121,9 @@ class CachedFeatures(Features):
 class _Rows:
     """A cache that is read and filled at once."""
 
-    def __init__(self, folder: Path, what: str, digest: str, writer: int) -> None:
+    def __init__(self, folder: Path, what: str, digest: str) -> None:
         self._folder, self._made_by = folder / f"{what}-{digest}", {what: digest}
-        self._writer = CacheWriter(self._folder, self._made_by, writer=writer)
+        self._writer = CacheWriter(self._folder, self._made_by)
         self._pending: dict[str, Row] = {}
         self._reader = CacheReader(self._folder, self._made_by)
 

@@ -137,7 +137,7 @@ class DiffusionObjective:
 
     def condition(self, model: Generator, targets: Targets, draws: Draws) -> Condition:
         """Of every picture; where its prompt is dropped, exactly the null condition of inference."""
-        made = self.features.condition(model, targets.prompts)
+        made = self.features.condition(model, targets.prompts, draws.generators)
         dropped = torch.tensor([kind == "all" for kind in draws.drop])
         if not bool(dropped.any()):
             return made
@@ -204,7 +204,8 @@ class JointObjective:
         draws = None if batch.targets is None else self.diffusion.draw(model, batch.targets)
         drop = None if draws is None or set(draws.drop) == {"keep"} else draws.drop
         tiles = None if dream.net.tower is None else batch.tiles
-        dreamt = dream(batch.ids, tiles, mask=batch.mask, drop=drop)
+        noise = None if draws is None else dream.noise.draw(draws.generators)
+        dreamt = dream(batch.ids, tiles, mask=batch.mask, drop=drop, noise=noise)
         found = 0 if dreamt.condition is None else len(dreamt.condition)
         if found != (0 if batch.targets is None else len(batch.targets)):
             raise ValueError(f"{found} dream spans for {0 if batch.targets is None else len(batch.targets)} pictures")

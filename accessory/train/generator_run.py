@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,26 +11,35 @@ from typing import Any
 import torch
 
 from accessory import config as configuration
-from accessory import log
 from accessory.backbone.store import read_file
 from accessory.data import assets
 from accessory.data.encode import DreamLayout, Encoder
-from accessory.data.loader import Loader, RowEncoder
-from accessory.data.rows import RowRejected
+from accessory.data.loader import RowEncoder
 from accessory.data.targets import TargetEncoder
+from accessory.diffusion.buckets import Nearest, bucket_sizes
 from accessory.models import build
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.generator import Generator, GeneratorConfig, build_generator, saved_state
-from accessory.parallel import groups
+from accessory.schema import Encoded
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
 from accessory.train.features import CachedFeatures, Features
 from accessory.train.generation import DiffusionObjective, GenerationConfig, JointObjective
 from accessory.train.loop import Hooks, Result, train
-from accessory.train.optim import Optimizer
-from accessory.train.run import DataConfig, describe, open_loader, report_rejected, sources_file
+from accessory.train.run import DataConfig, describe, export_texts, open_loader, plan, reported, started
 
-LOG = log.get(__name__)
+
+@dataclass(frozen=True)
+class DrawnDataConfig(DataConfig):
+    """``aspects``: the longest side of a drawn picture to its shortest. At 1 the middle square of every picture is
+    drawn, at ``generator.size``. Beyond it each picture keeps the aspect of the nearest of all sizes with about as many
+    pixels (:mod:`accessory.diffusion.buckets`), and those of a batch differ."""
+
+    aspects: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.aspects >= 1:
+            raise ValueError(f"data.aspects {self.aspects} is a longer side to a shorter one, so at least 1")
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class GeneratorRunConfig:
     dialogues the model also sees each picture that it has drawn, as the user's."""
 
     train: TrainConfig
-    data: DataConfig
+    data: DrawnDataConfig
     generator: GeneratorConfig
     objective: GenerationConfig = field(default_factory=GenerationConfig)
     init: str | None = None
@@ -52,12 +62,7 @@ def main_config(
     path: str | Path, overrides: Sequence[str] = (), resume: str | None = None, *, dry_run: bool = False
 ) -> Result | None:
     """Train what an experiment file says; with ``dry_run`` build everything, describe it and return None."""
-    config = configuration.load(path, GeneratorRunConfig, overrides)
-    world = groups.setup()
-    try:
-        return run(config, resume, folder=Path(path).parent, device=world.device, dry_run=dry_run)
-    finally:
-        groups.shutdown()
+    return started(run, configuration.load(path, GeneratorRunConfig, overrides), path, resume, dry_run)
 
 
 def run(
@@ -74,32 +79,30 @@ def run(
     rng.seed_all(config.train.seed)  # fresh weights are part of what a seed reproduces
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
     if config.init is not None and checkpoint.resolve(resume, config.train.output_dir) is None:
-        warm_start(generator, Path(config.init))
+        warm_start(generator, build.base_folder(config.init))
     encoder = row_encoder(config, generator)
     size = max(generator.size[0], encoder.tile_size)  # dialogues show some pictures that others draw
     source = open_loader(config.data, config.train, encoder, size, folder, cache)
     describe(generator, source)
-    # A resume asks whether the base is still the same, so the run's configuration says which one it was.
+    if dry_run:
+        resolved = configuration.dump(replace(config, generator=generator.config))
+        plan(generator, source, config.train, resolved, _asked)
+        return None
+    # A resume asks whether the base is still the same, so the run's configuration says which one it was. All else is as
+    # it was written: what it came to is the configuration of the exported folder.
     named = replace(config.generator, base_sha256=generator.config.base_sha256)
     resolved = configuration.dump(replace(config, generator=named))
-    if dry_run:
-        _plan(generator, source, config.train, resolved)
-        return None
     features = _features(config, generator, cache)
     hooks = Hooks(
         blocks=getattr(generator.denoiser, "layers", ()),
         export=lambda _: saved_state(generator),
         resolved=resolved,
-        texts={
-            build.CONFIG_FILE: configuration.dump(generator.config),
-            "run.yaml": resolved,
-            "sources.yaml": sources_file(config.data, folder).read_text(encoding="utf-8"),
-        },
+        texts=export_texts(generator.config, resolved, config.data, folder),
     )
     try:
-        return train(generator, source, objective_of(config, features), config.train, resume=resume, hooks=hooks)
+        with reported(source.ledger):
+            return train(generator, source, objective_of(config, features), config.train, resume=resume, hooks=hooks)
     finally:
-        report_rejected(source.ledger)
         if isinstance(features, CachedFeatures):
             features.close()
 
@@ -113,9 +116,9 @@ def objective_of(config: GeneratorRunConfig, features: Features) -> Any:
 
 def row_encoder(config: GeneratorRunConfig, generator: Generator) -> RowEncoder:
     """What writes rows: prompts and pictures, or with ``objective.loss`` dialogues with dream spans."""
-    size = generator.size[0]
+    size, fit = generator.size[0], fitting(generator, config.data.aspects)
     if config.objective.loss is None:
-        return TargetEncoder(size)
+        return TargetEncoder(size, fit)
     if not isinstance(generator.conditioner, DreamConditioner):
         raise ValueError(
             "objective.loss needs a generator whose conditioner is a dream bridge (conditioner.kind: dream)"
@@ -124,8 +127,23 @@ def row_encoder(config: GeneratorRunConfig, generator: Generator) -> RowEncoder:
     seen = config.seen and generator.conditioner.dream.net.projector is not None
     return Encoder(
         own.tokenizer, own.template, own.tiling, own.tokens_per_tile, own.max_length, own.start_end,
-        DreamLayout(queries, size, seen),
+        DreamLayout(queries, size, seen, fit),
     )  # fmt: skip
+
+
+def fitting(generator: Generator, aspects: float) -> Nearest | None:
+    """The size that each picture is drawn at; None for squares.
+
+    Raises:
+        ValueError: when ``generator.size`` is no whole number of patches.
+    """
+    if aspects == 1:
+        return None
+    grain = math.lcm(*generator.grain)
+    try:
+        return Nearest(bucket_sizes(generator.size[0], patch=grain, max_aspect=aspects))
+    except ValueError as error:
+        raise ValueError(f"data.aspects {aspects} with generator.size {generator.size[0]}: {error}") from None
 
 
 def warm_start(generator: Generator, folder: Path) -> None:
@@ -155,23 +173,9 @@ def _features(config: GeneratorRunConfig, generator: Generator, cache: Path | No
     if config.objective.loss is not None:
         raise ValueError("cache_features is for prompts and pictures; dialogues (objective.loss) go through the model")
     about = configuration.dump(generator.config.conditioner)
-    return CachedFeatures(generator, (cache or assets.default_cache()) / "features", about, groups.rank())
+    return CachedFeatures(generator, (cache or assets.default_cache()) / "features", about)
 
 
-def _plan(generator: Generator, source: Loader, config: TrainConfig, resolved: str) -> None:
-    """What a dry run shows: the configuration as it was resolved and what the first row asks for."""
-    optimizer = Optimizer(generator, config)  # complains about group patterns
-    if groups.rank():
-        return
-    for (label, scale, decay), names in optimizer.groups.items():
-        LOG.info("group %s: %d tensors, lr x %g, weight decay %g", label, len(names), scale, decay)
-    print(resolved)
-    for k in range(source.ledger.after):
-        try:
-            row = source.encoder.encode(source.mixture.sample(k))
-        except RowRejected:
-            continue
-        asked = [t.prompt or f"a span among {len(row.ids)} positions" for t in row.targets]
-        print(f"the first row, {row.source} {row.index}, asks for pictures with {asked}")
-        return
-    raise ValueError(f"none of the first {source.ledger.after} rows can be used")
+def _asked(row: Encoded) -> str:
+    asked = [t.prompt or f"a span among {len(row.ids)} positions" for t in row.targets]
+    return f", asks for pictures with {asked}"

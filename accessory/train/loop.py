@@ -24,7 +24,7 @@ from accessory.train.config import TrainConfig, check_resumed
 from accessory.train.ema import Average
 from accessory.train.metrics import Clock, Metrics, Window, source_names
 from accessory.train.optim import Optimizer, check_names, learning_rate, trained_buffers
-from accessory.train.parts import PartNorms, PartObjective
+from accessory.train.parts import PartNorms, PartObjective, RestingObjective
 from accessory.train.signals import Interrupts
 
 if TYPE_CHECKING:  # the loop takes any objective; importing ours would import the models
@@ -203,6 +203,8 @@ class Trainer:
         total = float(norm)
         if not torch.isfinite(norm):
             self._diverged(f"the gradient norm is {total}", sources)
+        if isinstance(self.objective, RestingObjective):
+            self.optimizer.rest(self.objective.resting(sums))
         self.optimizer.step(lr)
         self.step += 1
         if self.average is not None:
@@ -257,9 +259,9 @@ class Trainer:
         return time.monotonic() - begin, batches
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        # On the CPU the model carries its own dtypes: autocast there would convert frozen weights at every step.
-        if self.config.precision == "bf16" and self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+        on = self.device.type == "cuda" or self.config.cpu_autocast
+        if self.config.precision == "bf16" and on:
+            return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def _next(self) -> Batch:

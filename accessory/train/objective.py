@@ -19,6 +19,7 @@ from accessory.models.align import Aligner
 from accessory.models.mllm import MLLM
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
+from accessory.train.disjoint import RowGroup
 
 
 class Objective(Protocol):
@@ -58,10 +59,14 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights of the parts. ``language`` 0 leaves the backbone out altogether (it warms up tower and projector)."""
+    """Weights of the parts. ``language`` 0 leaves the backbone out altogether (it warms up tower and projector).
+
+    ``disjoint``: groups of rows that each train parameters of their own; none: every row trains everything.
+    """
 
     language: float = 1.0
     align: AlignConfig | None = None
+    disjoint: tuple[RowGroup, ...] = ()
 
     def __post_init__(self) -> None:
         if self.language < 0 or (self.language == 0 and self.align is None):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,11 +41,19 @@ def learning_rate(config: TrainConfig, step: int, elapsed: float) -> float:
     return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon is for a parameter: a matrix inside a numbered block, between features and features."""
+    return parameter.ndim == 2 and _IN_BLOCK.search(name) is not None
+
+
+_IN_BLOCK = re.compile(r"(^|\.)(layers|blocks)\.\d+\.")
+
+
 class Optimizer:
-    """AdamW over the trainable parameters of a model, by name.
+    """AdamW over the trainable parameters of a model, by name; with ``optimizer: muon``, Muon for hidden matrices.
 
     A trainable parameter that is not fp32 gets an fp32 master, which collects the gradients of a window and is what
-    AdamW updates; the parameter itself is its rounded copy. fp32 parameters are their own masters.
+    is updated; the parameter itself is its rounded copy. fp32 parameters are their own masters.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -58,16 +67,23 @@ class Optimizer:
         }
         self.unseen = set(self.parameters)  # names that never received a gradient
         self.groups = _groups(self.parameters, config)
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [self.masters[n] for n in names], "lr_scale": scale, "weight_decay": decay}
-                for (_, scale, decay), names in self.groups.items()
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        muon: list[dict[str, Any]] = []
+        adamw: list[dict[str, Any]] = []
+        for (_, scale, decay), names in self.groups.items():
+            hidden = [n for n in names if config.optimizer == "muon" and hidden_matrix(n, self.parameters[n])]
+            others = [n for n in names if n not in set(hidden)]
+            for target, chosen in ((muon, hidden), (adamw, others)):
+                if chosen:
+                    params = [self.masters[n] for n in chosen]
+                    target.append({"params": params, "lr_scale": scale, "weight_decay": decay})
+        self.steppers: list[torch.optim.Optimizer] = []
+        if adamw:
+            self.steppers.append(torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        if muon:
+            # Updates are scaled to the size of AdamW's, so that one learning rate serves both.
+            self.steppers.append(torch.optim.Muon(muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
+        elif config.optimizer == "muon":
+            raise ValueError("train.optimizer is muon, but no trained parameter is a matrix inside a block; use adamw")
 
     def collect(self) -> None:
         """After each backward pass: add gradients of low-precision parameters to their masters."""
@@ -103,12 +119,18 @@ class Optimizer:
             torch._foreach_mul_(self.gradients(), factor)
         return total, per_group
 
+    def rest(self, names: Iterable[str]) -> None:
+        """Leave these parameters and their moments as they are in the next :meth:`step`."""
+        for name in names:
+            self.masters[name].grad = None
+
     def step(self, lr: float) -> None:
         """One update at learning rate ``lr``, then publish the masters and drop the gradients."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for stepper in self.steppers:
+            for group in stepper.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
         self.publish()
 
     @torch.no_grad()
@@ -119,12 +141,17 @@ class Optimizer:
                 parameter.copy_(self.masters[name])
 
     def state(self) -> dict[str, Tensor]:
-        """AdamW's moments as flat tensors named ``<moment>/<parameter>``."""
+        """Moments as flat tensors named ``<moment>/<parameter>``."""
+        owner = self._owner()
         out: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            for key, value in self.adamw.state[master].items():
+            for key, value in owner[name].state[master].items():
                 out[f"{key}/{name}"] = value
         return out
+
+    def _owner(self) -> dict[str, torch.optim.Optimizer]:
+        by_id = {id(p): s for s in self.steppers for group in s.param_groups for p in group["params"]}
+        return {name: by_id[id(master)] for name, master in self.masters.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave.
@@ -137,11 +164,12 @@ class Optimizer:
             moment, _, name = key.partition("/")
             moments.setdefault(name, {})[moment] = value
         check_names(moments, self.masters, "the optimizer state")
+        owner = self._owner()
         for name, master in self.masters.items():
             for moment, value in moments[name].items():
                 if moment != "step" and value.shape != master.shape:
                     raise ValueError(f"{moment} of {name} has shape {list(value.shape)}, not {list(master.shape)}")
-            self.adamw.state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
+            owner[name].state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:

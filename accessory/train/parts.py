@@ -1,4 +1,4 @@
-"""Objectives of several parts: what the loop lets them know before a window, and how strongly each part pulls."""
+"""Objectives of several parts: what they know before a window, how strongly each part pulls, and what rests."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ class PartObjective(Protocol):
     norms_every: int
 
     def window(self, batches: Sequence[Batch], device: torch.device) -> None: ...
+
+
+@runtime_checkable
+class RestingObjective(Protocol):
+    """An objective that may leave some parameters out of an update altogether: ``resting`` names them, from the metrics
+    of the update summed over all ranks."""
+
+    def resting(self, sums: Mapping[str, float]) -> Sequence[str]: ...
 
 
 class PartNorms:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,14 +24,16 @@ from accessory.models.align import Aligner, match_scale
 from accessory.models.build import Model, ModelConfig
 from accessory.parallel import groups
 from accessory.peft.attach import trainable_state
-from accessory.schema import Batch
+from accessory.schema import Batch, Encoded
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
+from accessory.train.disjoint import DisjointObjective
 from accessory.train.loop import Hooks, Result, train
-from accessory.train.objective import DialogueObjective, ObjectiveConfig
+from accessory.train.objective import DialogueObjective, Objective, ObjectiveConfig
 from accessory.train.optim import Optimizer
 
 LOG = log.get(__name__)
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,16 @@ def main_config(
     path: str | Path, overrides: Sequence[str] = (), resume: str | None = None, *, dry_run: bool = False
 ) -> Result | None:
     """Train what an experiment file says; with ``dry_run`` build everything, describe it and return None."""
-    config = configuration.load(path, RunConfig, overrides)
+    return started(run, configuration.load(path, RunConfig, overrides), path, resume, dry_run)
+
+
+def started(
+    run: Callable[..., Result | None], config: C, path: str | Path, resume: str | None, dry: bool
+) -> Result | None:
+    """What ``run`` makes of the configuration of a file, among the ranks that there are."""
     world = groups.setup()
     try:
-        return run(config, resume, folder=Path(path).parent, device=world.device, dry_run=dry_run)
+        return run(config, resume, folder=Path(path).parent, device=world.device, dry_run=dry)
     finally:
         groups.shutdown()
 
@@ -89,11 +99,12 @@ def run(
     model = build.build(config.model, cache=cache, train=True)
     objective = DialogueObjective(config.objective, model.tokenizer, cache)
     objective.prepare(model.net)
+    minimised = _disjoint(config, objective, model.net)
     model.net.to(device)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
     if config.init is not None and fresh:
-        warm_start(model.net, Path(config.init))
+        warm_start(model.net, build.base_folder(config.init))
     size = model.config.tiling.size
     source = open_loader(config.data, config.train, model.encoder, size, folder, cache)
     if config.match_scale and fresh:
@@ -102,22 +113,34 @@ def run(
     # With all that the base decides, and which one it was: a resume asks whether it is still the same.
     resolved = configuration.dump(replace(config, model=model.config))
     if dry_run:
-        _plan(model, source, config.train, resolved)
+        plan(model.net, source, config.train, resolved, lambda row: _learned(row, model))
         return None
     hooks = Hooks(
         blocks=model.net.backbone.layers,
         export=lambda net: build.exported(net),
         resolved=resolved,
-        texts={
-            build.CONFIG_FILE: configuration.dump(model.config),
-            "run.yaml": resolved,
-            "sources.yaml": sources_file(config.data, folder).read_text(encoding="utf-8"),
-        },
+        texts=export_texts(model.config, resolved, config.data, folder),
     )
-    try:
-        return train(model.net, source, objective, config.train, resume=resume, hooks=hooks)
-    finally:
-        report_rejected(source.ledger)
+    with reported(source.ledger):
+        return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
+
+
+def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> dict[str, str]:
+    """What lies beside the tensors of an exported model or generator."""
+    return {
+        build.CONFIG_FILE: configuration.dump(config),
+        "run.yaml": resolved,
+        "sources.yaml": sources_file(data, folder).read_text(encoding="utf-8"),
+    }
+
+
+def _disjoint(config: RunConfig, objective: DialogueObjective, net: nn.Module) -> Objective:
+    groups = config.objective.disjoint
+    if groups and config.train.block_checkpointing:
+        raise ValueError(
+            "train.block_checkpointing runs blocks again when objective.disjoint has thawed them; leave one of them out"
+        )
+    return DisjointObjective(objective, groups, net) if groups else objective
 
 
 def warm_start(net: nn.Module, folder: Path) -> None:
@@ -196,15 +219,28 @@ def open_loader(
     )
 
 
-def report_rejected(ledger: Ledger) -> None:
-    """Say at the end of a run how many rows this rank could not use, and where they are listed."""
-    if ledger.bad:
-        LOG.warning("%d of %d rows rejected, see %s", ledger.bad, ledger.seen, ledger.path)
+@contextmanager
+def reported(ledger: Ledger) -> Iterator[None]:
+    """Say at the end of a run how many rows it could not use."""
+    try:
+        yield
+    except BaseException:
+        report_rejected(ledger)  # of this rank alone: the others may not come to be asked
+        raise
+    report_rejected(ledger, together=True)
 
 
-def _plan(model: Model, source: Loader, config: TrainConfig, resolved: str) -> None:
-    """What a dry run shows: the configuration as it was resolved and the first row as the model reads it."""
-    optimizer = Optimizer(model.net, config)  # complains about group patterns
+def report_rejected(ledger: Ledger, *, together: bool = False) -> None:
+    """Say how many rows this rank, or all ranks ``together``, could not use, and where they are listed."""
+    ranks = groups.gather_objects(ledger.state_dict()) if together else [ledger.state_dict()]
+    bad, seen = (sum(rank[name] for rank in ranks) for name in ("bad", "seen"))
+    if bad:
+        LOG.warning("%d of %d rows rejected, see %s", bad, seen, ledger.path)
+
+
+def plan(net: nn.Module, source: Loader, config: TrainConfig, resolved: str, show: Callable[[Encoded], str]) -> None:
+    """What a dry run shows: the configuration as it was resolved, and the first row as ``show`` tells it."""
+    optimizer = Optimizer(net, config)  # complains about group patterns
     if groups.rank():
         return
     for (label, scale, decay), names in optimizer.groups.items():
@@ -215,9 +251,13 @@ def _plan(model: Model, source: Loader, config: TrainConfig, resolved: str) -> N
             row = source.encoder.encode(source.mixture.sample(k))
         except RowRejected:
             continue
-        print(f"the first row, {row.source} {row.index}; ⟦what is learned⟧:\n{render_row(row, model.tokenizer)}")
+        print(f"the first row, {row.source} {row.index}{show(row)}")
         return
     raise ValueError(f"none of the first {source.ledger.after} rows can be used")
+
+
+def _learned(row: Encoded, model: Model) -> str:
+    return f"; ⟦what is learned⟧:\n{render_row(row, model.tokenizer)}"
 
 
 def describe(net: nn.Module, source: Loader) -> None:

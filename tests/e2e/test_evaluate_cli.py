@@ -79,6 +79,6 @@ def test_a_shipped_model_is_known_by_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(monkeypatch, 3)
-    monkeypatch.setattr("accessory.serve.chat.SHIPPED", folder.parent)
+    monkeypatch.setattr("accessory.models.build.SHIPPED", folder.parent)
     assert main(["evaluate", "--model", folder.name, "--tasks", "words-ocr", "--controls", "none"]) == 0
     assert "| words-ocr | own | 0 | 3 |" in capsys.readouterr().out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from accessory.__main__ import main
+from accessory.models.generator import Generator
 from tests.tiny_generator import tiny_generator_dir
 
 
@@ -100,8 +103,83 @@ def test_aspect(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_is_reported(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, tmp_path, "--prompt", "a small red cat " * 20, "--steps", "1") == 0
-    assert "tokens do not fit" in capsys.readouterr().err
+    long = ["--negative", "a boat " * 5000, "--prompt", "a small red cat " * 2500]
+    assert run(folder, tmp_path, *long, "--prompt", "", "--prompt", "a cat", "--steps", "1") == 0
+    said = capsys.readouterr().err
+    assert [line.split(" out of ")[1][:8] for line in said.splitlines()] == ["'a small", "'a boat "]
+    assert all(int(line.split("the last ")[1].split()[0]) > 9000 for line in said.splitlines())
+    assert len(manifest(tmp_path)) == 3
+
+
+def test_a_seed_means_one_picture_whatever_is_made_beside_it(folder: Path, tmp_path: Path) -> None:
+    options = ["--prompt", "a boat", "--prompt", "a small red cat on a hat", "--prompt", "", "--count", "2"]
+    for batch in ("1", "4"):
+        assert run(folder, tmp_path / batch, *options, "--batch", batch) == 0
+    names = sorted(p.name for p in (tmp_path / "1").glob("*.png"))
+    assert len(names) == 6
+    assert max(np.abs(pixels(tmp_path / "1" / n) - pixels(tmp_path / "4" / n)).max() for n in names) <= 1
+    assert np.abs(pixels(tmp_path / "1" / names[0]) - pixels(tmp_path / "1" / names[1])).max() > 20
+
+
+@pytest.mark.parametrize("stop", ["key", "disk"])
+def test_what_is_made_before_an_end_is_kept(
+    folder: Path, tmp_path: Path, stop: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, draw, replace = [0], Generator.generate, Path.replace
+
+    def interrupted(self: Generator, *arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return draw(self, *arguments, **options)
+
+    def full(self: Path, target: Path) -> Path:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(self, target)
+
+    options = ["--prompt", "a boat", "--count", "6", "--batch", "1" if stop == "key" else "2"]
+    with monkeypatch.context() as patch:
+        if stop == "key":
+            patch.setattr(Generator, "generate", interrupted)
+        else:
+            patch.setattr(Path, "replace", full)
+        assert run(folder, tmp_path, *options) == (130 if stop == "key" else 2)
+    done = 2 if stop == "key" else 3
+    said = capsys.readouterr().err
+    assert f"stopped: {done} of 6 pictures in {tmp_path}; --skip-existing goes on" in said
+    assert ("No space left" in said) == (stop == "disk")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"00000-{i}.png" for i in range(done)), "manifest.jsonl"]
+    assert len(manifest(tmp_path)) == done
+    assert run(folder, tmp_path, *options, "--skip-existing") == 0
+    assert len(manifest(tmp_path)) == 6
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("accessory.models.generator.load_generator", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "file").write_text("")
+    assert run(folder, tmp_path / "file", "--prompt", "x") == 2
+    assert "file" in capsys.readouterr().err
+    monkeypatch.setattr("tempfile.TemporaryFile", readonly)
+    assert run(folder, tmp_path / "out", "--prompt", "x") == 2
+    assert "error: [Errno 30] Read-only file system" in capsys.readouterr().err
+
+
+def readonly(**_: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_shipped_generator_is_known_by_name_from_anywhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accessory.models.build.SHIPPED", folder.parent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder.name).mkdir()  # a folder of that name that holds no generator
+    assert run(Path(folder.name), Path("out"), "--prompt", "x", "--steps", "1") == 0
+    assert run(Path(folder.name + "s"), Path("out"), "--prompt", "x") == 2
 
 
 @pytest.mark.parametrize(
@@ -116,6 +194,12 @@ def test_a_long_prompt_is_reported(folder: Path, tmp_path: Path, capsys: pytest.
         (["--prompt", "x", "--negative", "y", "--guidance", "1"], "--negative acts through guidance"),
         (["--prompt", "x", "--solver", "ancestral"], "'ancestral' is not for"),
         (["--prompt", "x", "--device", "tpu"], "device 'tpu' is unknown"),
+        (["--prompt", "x", "--device", "cuda:99"], "device cuda:99 is not available"),
+        (["--prompt", "x", "--seed", "-1"], "--seed -1 must lie between 0 and 2^63"),
+        (["--prompt", "x", "--seed", str(2**63 - 1), "--count", "2"], "with room for --count 2"),
+        (["--prompt", "x\udcff"], "is not text in UTF-8"),
+        (["--prompts", "LATIN"], "LATIN is not UTF-8"),
+        (["--prompt", "x", "--size", "0"], "nearest are 4x4"),
         ([], "nothing to show"),
         (["--prompts", "EMPTY"], "holds no prompt"),
     ],
@@ -128,9 +212,10 @@ def test_mistakes_are_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("accessory.serve.chat.SHIPPED", folder.parent)
+    monkeypatch.setattr("accessory.models.build.SHIPPED", folder.parent)
     (tmp_path / "EMPTY").write_text(" \n\n")
-    more = [str(tmp_path / "EMPTY") if m == "EMPTY" else m for m in more]
+    (tmp_path / "LATIN").write_bytes("ein Bär".encode("latin-1"))
+    more = [str(tmp_path / m) if m in ("EMPTY", "LATIN") else m for m in more]
     assert run(folder, tmp_path / "out", *more) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

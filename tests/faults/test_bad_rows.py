@@ -17,7 +17,7 @@ from accessory.data.template import get
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import load
 from accessory.train.config import TrainConfig
-from accessory.train.run import DataConfig, open_loader, report_rejected
+from accessory.train.run import DataConfig, open_loader, report_rejected, reported
 
 
 @pytest.fixture
@@ -100,3 +100,16 @@ def test_a_small_set_stops_too(tmp_path: Path, encoder: Encoder, caplog: pytest.
         list(itertools.islice(made, 20))
     report_rejected(made.ledger)
     assert f"2 of 8 rows rejected, see {tmp_path / 'rejected.jsonl'}" in caplog.text
+
+
+def test_the_ranks_report_together(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger()
+    ledger.load_state_dict({"seen": 10, "bad": 0})  # this rank met none
+    monkeypatch.setattr("accessory.parallel.groups.gather_objects", lambda own: [own, {"seen": 12, "bad": 3}])
+    with reported(ledger):
+        pass
+    assert "3 of 22 rows rejected" in caplog.text
+    caplog.clear()
+    with pytest.raises(KeyError), reported(ledger):  # a rank that fails does not wait for the others
+        raise KeyError
+    assert "rejected" not in caplog.text

@@ -92,6 +92,7 @@ def draw_build(config: GeneratorConfig, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(generator, "_denoiser", lambda c: ours(c) if isinstance(c, FlagDiTSource) else Network())
     monkeypatch.setattr(generator, "_codec", lambda c: PixelCodec(c.patch) if c.kind == "pixel" else Codec(4, 8))
     monkeypatch.setattr(generator, "_bytes", lambda _: b"")
+    monkeypatch.setattr(generator, "base_folder", Path)
     first = configuration.load(ROOT / "exps" / "nano_dit.yaml", GeneratorRunConfig).generator
     monkeypatch.setattr(generator, "load_generator", lambda *_, **__: generator.build_generator(first))
     with torch.device("meta"):

@@ -195,7 +195,7 @@ def test_text_that_is_no_mapping_or_gives_a_key_twice(tmp_path: Path) -> None:
 
 def test_versions_and_import_cost() -> None:
     found = config.versions()
-    assert {"python", "torch", "transformers", "accessory"} <= found.keys()
+    assert {"python", "torch", "transformers", "diffusers", "accessory"} <= found.keys()
     assert found["accessory"] == "0.1.0"
     if "git" in found:
         assert len(found["git"].removesuffix("+dirty")) == 40

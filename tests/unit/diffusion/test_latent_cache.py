@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
 import signal
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,61 @@ def test_writers_share_a_folder_but_not_a_number(tmp_path: Path) -> None:
     check(tmp_path, 2)
     with CacheWriter(tmp_path, MADE, writer=1) as b:
         assert "k/0" in b
+
+
+def _hold(folder: Path, first: int, ready: Connection) -> None:
+    with CacheWriter(folder, MADE, shard_bytes=1) as cache:
+        for i in range(first, first + 3):
+            cache.add(f"k/{i}", row(i))
+        cache._limit = 10**9
+        cache.add(f"k/{first + 3}", row(first + 3))  # pending: gone with a kill
+        ready.send(sorted(p.name for p in folder.glob("index-*")))
+        ready.recv()
+
+
+def test_runs_side_by_side_take_numbers_of_their_own(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    runs = []
+    for first in (0, 3):
+        here, there = fork.Pipe()
+        process = fork.Process(target=_hold, args=(tmp_path, first, there))
+        process.start()
+        assert here.poll(60)
+        runs.append((process, here, here.recv()))
+    assert runs[1][2] == ["index-0.jsonl", "index-1.jsonl"]
+    check(tmp_path, 6)  # a reader sees what both have finished
+    os.kill(runs[0][0].pid or 0, signal.SIGKILL)
+    runs[0][0].join()
+    (tmp_path / ".rows-0-000003.safetensors.77.tmp").write_bytes(b"half")
+    with CacheWriter(tmp_path, MADE) as cache:  # the number of the dead is free again, that of the living is not
+        assert len(cache) == 6
+        cache.add("k/6", row(6))
+    assert (tmp_path / "rows-0-000003.safetensors").is_file()
+    assert not list(tmp_path.glob(".*"))
+    runs[1][1].send(None)
+    runs[1][0].join()
+    assert runs[1][0].exitcode == 0
+    check(tmp_path, 7)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(OSError, match=r"cannot lock .*No locks available; use another folder"):
+        CacheWriter(tmp_path, MADE)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, whole = CacheWriter(tmp_path, MADE, shard_bytes=1), os.write
+    cache.add("k/0", row(0))
+    monkeypatch.setattr(os, "write", lambda fd, data: whole(fd, data[:10]))
+    with pytest.raises(OSError, match="No space left"):
+        cache.add("k/1", row(1))
+    monkeypatch.undo()
+    cache.close()  # what was pending is tried again
+    check(tmp_path, 2)
 
 
 def test_bad_rows_are_refused(tmp_path: Path) -> None:

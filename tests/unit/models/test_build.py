@@ -89,7 +89,9 @@ def test_halves_are_close_and_half_the_size(tmp_path: Path, dtype: str, size: in
     got = outputs(build.load(tmp_path / "model"))
     assert 0 < (got - wanted).abs().max() < (2e-2 if dtype == "fp16" else 1e-1)
     state = load_file(tmp_path / "model" / build.WEIGHTS_FILE)
-    assert {v.element_size() for v in state.values()} == {size}
+    wide = {k for k, v in state.items() if v.element_size() != size}
+    # Layer scales start at 1e-6, of which fp16 keeps one digit: these few numbers stay whole.
+    assert wide == ({k for k in state if k.endswith(".gamma")} if dtype == "fp16" else set())
     assert next(build.load(tmp_path / "model").net.parameters()).dtype == torch.float32
 
 
@@ -239,6 +241,8 @@ def test_a_base_brings_its_own_settings(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"brings its own max_length"):
         build.build(ModelConfig(base=str(base), max_length=99))
     with pytest.raises(ValueError, match="not a model folder"):
+        build.build(ModelConfig(base=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
         build.build(ModelConfig(base=str(tmp_path / "nowhere")))
 
 

@@ -13,6 +13,7 @@ from accessory.diffusion.condition import Condition
 from accessory.diffusion.objective import loss
 from accessory.models.connector import HeadsConfig
 from accessory.models.dream import Dream
+from accessory.models.dream_config import Residual
 from accessory.models.dream_presets import PRESETS
 from accessory.peft.attach import LoraSpec, attach
 from accessory.tokens import DREAM, DREAM_START, IMAGE
@@ -75,6 +76,22 @@ def test_the_default_bridge_starts_as_the_text_encoder_bit_for_bit(lengths: tupl
     assert (denoiser(x, t, bridge.condition(ids, mask=mask)) - expected).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_it_may_start_as_a_text_encoder_of_middle_states() -> None:
+    bridge = dream(seed=None, residual=Residual(tap=-2, normed=True))
+    backbone, ids = bridge.net.backbone, padded(text(6, 6), "right")[0]
+    (middle,) = backbone(backbone.embed(ids), tap=(backbone.config.n_layers - 2,))
+    found = bridge.condition(ids).seq
+    assert found is not None
+    assert torch.equal(found, backbone.norm(middle))
+    raw = dream(seed=None, residual=Residual(tap=-2)).condition(ids).seq
+    assert raw is not None
+    assert (found - raw).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="final states are normed already"):
+        Residual(normed=True)
+
+
+@torch.no_grad()
 def test_a_full_mask_takes_the_kernel_that_no_mask_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On some machines the two round otherwise, and a text encoder gives none."""
     bridge, masks = dream(), []

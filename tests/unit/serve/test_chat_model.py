@@ -74,7 +74,7 @@ def test_seeds_make_sampling_repeatable(model: Model) -> None:
 
 def test_models_are_found_by_folder_or_shipped_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert chats.find_model(folder) == folder
-    monkeypatch.setattr(chats, "SHIPPED", folder.parent)
+    monkeypatch.setattr("accessory.models.build.SHIPPED", folder.parent)
     assert chats.find_model("tiny") == folder
     with pytest.raises(ValueError, match=r"nowhere is neither a model folder .*shipped models are: tiny"):
         chats.find_model("nowhere")

@@ -51,7 +51,24 @@ def test_answers_hold_pictures_as_files_with_their_log(
 
 def test_no_generator_is_one_clear_line(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "--model", str(folders[0]), "--generator", str(folders[0]), "--ask", "Draw."]) == 2
-    assert "is not a generator folder" in capsys.readouterr().err
+    assert "is a chat model; a generator is wanted" in capsys.readouterr().err
+    assert main(["chat", "--model", str(folders[1]), "--ask", "Draw."]) == 2
+    assert "is a generator, which makes pictures and does not speak" in capsys.readouterr().err
+
+
+def test_a_shipped_generator_is_known_by_name_and_old_pictures_stay(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accessory.models.build.SHIPPED", folders[0].parent)
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", "tiny", "--generator", "generator-dream", "--max-new-tokens", "2", "--pictures", "always"]
+    before = []
+    for number, name in enumerate(("pictures", "pictures-2", "pictures-3")):
+        assert main(["chat", *options, "--ask", "a cat", "--seed", str(number)]) == 0
+        assert f"[{name}/picture_000.png]" in capsys.readouterr().out
+        before.append((tmp_path / name / "picture_000.png").read_bytes())
+    assert len(set(before)) == 3
+    assert [(tmp_path / n / "picture_000.png").read_bytes() for n in ("pictures", "pictures-2")] == before[:2]
 
 
 def test_what_the_page_shows_while_an_answer_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from accessory.train.generation import (
 )
 from accessory.train.loop import train
 from tests.distributed.helpers import run_ranks
-from tests.tiny_draw import SIZE, caption_loader, draw_model
+from tests.tiny_generator import SIZE, caption_loader, draw_model
 
 NEVER = DiffusionConfig(drop=NullPolicy(all=0.0))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from safetensors.torch import load_file
 
 from accessory import config as configuration
 from accessory.cli import train as verb
+from accessory.diffusion.latent_cache import CacheWriter
 from accessory.models.generator import is_generator, load_generator
 from accessory.train.generator_run import GeneratorRunConfig, main_config
-from tests.tiny_draw import draw_config, write_captions
+from tests.tiny_generator import draw_config, write_captions
 
 
 def experiment(folder: Path, more: str = "") -> Path:
@@ -48,6 +51,40 @@ def test_the_verb_trains_a_generator(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert row.size == (16, 16)
     with pytest.raises(ValueError, match="belongs to another configuration"):
         main_config(path, ["objective.diffusion.drop.all=0.3", "train.max_steps=4"], "auto")
+
+
+def _run(path: Path, name: str) -> None:
+    main_config(path, [f"train.output_dir={path.parent}/{name}", "train.max_steps=6"])
+
+
+def test_two_runs_share_a_cache(tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    runs = [fork.Process(target=_run, args=(path, name)) for name in ("a", "b")]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join(120)
+    assert [process.exitcode for process in runs] == [0, 0]
+    states = [load_file(tmp_path / name / "final" / "trainable.safetensors") for name in ("a", "b")]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    [texts] = (tmp_path / "cache" / "features").glob("texts-*")
+    made_by = json.loads((texts / "index-0.jsonl").read_text().splitlines()[0])["made_by"]
+    with CacheWriter(texts, made_by) as cache:  # as a run that is still going
+        assert len(cache) == 8
+        _run(path, "c")
+        assert (texts / "index-1.jsonl").is_file()
+
+
+def test_the_plan_shows_what_everything_came_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = experiment(tmp_path)
+    main_config(path, dry_run=True)
+    shown = capsys.readouterr().out.partition("the first row")[0]
+    tree = configuration.parse(shown)
+    assert configuration.parse(path.read_text())["generator"].get("sampler") is None
+    assert tree["generator"]["sampler"]["grid"]["points"] > 1
+    main_config(path)
+    assert tree["generator"] == configuration.parse((tmp_path / "run" / "final" / "config.yaml").read_text())
 
 
 def test_init_is_taken_over_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from accessory.train.config import GroupConfig, TrainConfig
-from accessory.train.optim import Optimizer, decays, learning_rate
+from accessory.train.optim import Optimizer, decays, hidden_matrix, learning_rate
 from tests.toy import toy_batch, toy_model, toy_objective
 
 CONFIG = TrainConfig(output_dir="unused", max_steps=10, lr=0.1, weight_decay=0.5)
@@ -87,7 +87,7 @@ def test_clipping_reports_the_norm_before() -> None:
             assert torch.allclose(after, before * limit / before.norm(), atol=1e-6)
         else:
             assert torch.equal(after, before)
-        optimizer.adamw.zero_grad()
+        optimizer.steppers[0].zero_grad()
 
 
 def test_matches_torch_adamw() -> None:
@@ -146,3 +146,47 @@ def test_state_survives_and_is_checked() -> None:
     del state["exp_avg/embed.weight"], state["exp_avg_sq/embed.weight"], state["step/embed.weight"]
     with pytest.raises(ValueError, match=r"1 names missing \['embed.weight'\]"):
         fresh.load_state(state)
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+
+def test_muon_takes_the_matrices_inside_blocks() -> None:
+    torch.manual_seed(0)
+    model = _Blocks()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    gradients = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+
+    def stepped(config: TrainConfig) -> dict[str, torch.Tensor]:
+        model.load_state_dict(start)
+        optimizer = Optimizer(model, config)
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].clone()
+        optimizer.step(0.1)
+        found = optimizer.state()
+        again = Optimizer(model, config)
+        again.load_state(found)
+        assert {k: v.tolist() for k, v in again.state().items()} == {k: v.tolist() for k, v in found.items()}
+        return {n: p.detach() - start[n] for n, p in model.named_parameters()}
+
+    plain = replace(CONFIG, weight_decay=0.0)
+    adamw, muon = stepped(plain), stepped(replace(plain, optimizer="muon"))
+    for name, parameter in model.named_parameters():
+        assert hidden_matrix(name, parameter) == (name in ("layers.0.weight", "layers.1.weight"))
+        assert torch.equal(adamw[name], muon[name]) != hidden_matrix(name, parameter), name
+    # An update of Muon is nearly orthogonal: all its singular values but the very small are of one size.
+    assert _flatness(muon["layers.0.weight"]) > 0.5 > _flatness(adamw["layers.0.weight"])
+
+
+def _flatness(update: torch.Tensor) -> float:
+    sizes = torch.linalg.svdvals(update)
+    return float(sizes[-2] / sizes[0])
+
+
+def test_muon_without_a_block_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="no trained parameter is a matrix inside a block"):
+        Optimizer(toy_model(), replace(CONFIG, optimizer="muon"))

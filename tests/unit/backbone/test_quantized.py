@@ -132,7 +132,7 @@ def test_the_gate_of_the_convert_command(tmp_path: Path, capsys: pytest.CaptureF
 
 FAMILIES = {
     "mixtral": {"tie_embeddings": False, "moe": MoEConfig(4, 2)},
-    "falcon": {"norm": "layer", "gated": False, "order": "parallel_one_norm"},
+    "falcon": {"norm": "layer", "gated": False, "activation": "gelu", "order": "parallel_one_norm"},
 }
 
 

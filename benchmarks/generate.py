@@ -1,12 +1,13 @@
 """Prefill and decoding speed against transformers on the same weights, beside the machine's floors.
 
 ``python -m benchmarks.generate [--model FILE.gguf|FOLDER] [--threads N] [--dtype bfloat16]
-    [--repeats 5] [--new 64] [--compile] [--cpu-time] [--json]``
+    [--repeats 5] [--new 64] [--compile] [--quantize int8 int4] [--tasks decode-1] [--cpu-time] [--json]``
 
 Without ``--model`` the cached SmolLM2-135M is used if it is there, random weights of its shape otherwise (which take
 the same time). All contenders take turns in one process; the table shows medians. On a busy machine
 ``--threads 1 --cpu-time`` counts only the seconds in which the process ran. ``--compile`` adds a column for the
-compiled step, which decodes single sequences.
+compiled step, which decodes single sequences, and ``--quantize`` one for each kind of weights (accelerated, and with
+the compiled step where ``--compile`` is given): ``int8``, ``int4,group=32``, ``int8,embeddings`` ...
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.sizes import to_hf_config
 from accessory.backbone.weights import from_tensors, read_folder
 from accessory.data.assets import find
+from accessory.peft.quantize import Quantization, num_bytes, quantize
 from benchmarks.floors import floor_runs, interleaved, median, products, rates
 
 SMOLLM2 = LlamaConfig(
@@ -43,6 +45,8 @@ SMOLLM2 = LlamaConfig(
     tie_embeddings=True,
 )
 PROMPT = 64
+TASKS = ("prefill-1", "prefill-8", "decode-1", "decode-8", "agree")
+OWN = ("transformers", "eager", "accelerated", "compiled", "linears")  # columns with a name of their own
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Line:
     linears: float
     floor: float
     compiled: float | None = None
+    quantized: dict[str, float] = field(default_factory=dict)
 
 
 def load(source: Path | None, dtype: torch.dtype) -> tuple[str, LlamaConfig, dict[str, Tensor]]:
@@ -116,6 +121,12 @@ def linears_run(model: Llama, rows: int) -> Callable[[], object]:
     return lambda: (products(weights, x), products([table], scored))
 
 
+def line(task: str, speed: dict[str, float], floor: float) -> Line:
+    """A row from the speed of every contender."""
+    own = {k: v for k, v in speed.items() if k in OWN}
+    return Line(task, **own, floor=floor, quantized={k: v for k, v in speed.items() if k not in OWN})
+
+
 @dataclass(frozen=True)
 class Contest:
     """The models to compare and how to time them."""
@@ -134,7 +145,7 @@ class Contest:
         seconds = interleaved(runs, self.repeats, self.clock)
         speed = {name: batch * length / median(s) for name, s in seconds.items()}
         floor = self.floors["matmul_gflop_s"] * 1e9 / (2 * sum(w.numel() for w in model.layers.parameters()))
-        return Line(f"prefill {batch} x {length}", **speed, floor=floor)
+        return line(f"prefill {batch} x {length}", speed, floor)
 
     def decode(self, batch: int, new: int) -> Line:
         """Tokens/s after the prompt: a generation of one token is the prompt's cost, and is subtracted pairwise."""
@@ -148,7 +159,7 @@ class Contest:
         }
         moved = sum(w.numel() * w.itemsize for w in model.parameters())
         floor = batch * max(self.floors["read_gb_s"], self.floors["copy_gb_s"]) * 1e9 / moved
-        return Line(f"decode, batch {batch}", **speed, linears=batch / median(seconds["linears"]), floor=floor)
+        return line(f"decode, batch {batch}", speed | {"linears": batch / median(seconds["linears"])}, floor)
 
 
 def measure(config: LlamaConfig, tensors: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Any]:
@@ -159,17 +170,28 @@ def measure(config: LlamaConfig, tensors: dict[str, Tensor], args: argparse.Name
     accelerate(models["accelerated"])
     if args.compile:
         models["compiled"] = accelerate(from_tensors(config, dict(tensors)), compile=True)
+    sizes = {"bf16" if dtype == torch.bfloat16 else "fp32": num_bytes(models["eager"])}
+    for text in args.quantize:
+        model = from_tensors(config, dict(tensors))
+        quantize(model, Quantization.parse(text))
+        sizes[text] = num_bytes(model)
+        models[text] = accelerate(model, compile=args.compile)
     clock = time.process_time if args.cpu_time else time.perf_counter
     floors = rates(interleaved(floor_runs(dtype), args.repeats, clock))
     contest = Contest(hf, models, floors, args.repeats, clock)
-    tasks = [lambda: contest.prefill(1, 512), lambda: contest.prefill(8, 128)]
-    tasks += [lambda: contest.decode(1, args.new), lambda: contest.decode(8, args.new)]
+    tasks: dict[str, Callable[[], Line]] = {
+        "prefill-1": lambda: contest.prefill(1, 512),
+        "prefill-8": lambda: contest.prefill(8, 128),
+        "decode-1": lambda: contest.decode(1, args.new),
+        "decode-8": lambda: contest.decode(8, args.new),
+    }
     lines = []
-    for task in tasks:
-        lines.append(task())
+    for name in [n for n in tasks if n in args.tasks]:
+        lines.append(tasks[name]())
         print(lines[-1], file=sys.stderr, flush=True)
     ids = torch.randint(0, config.vocab_size, (8, PROMPT))
-    return {"floors": floors, "lines": lines, "agree": agreement(decode_runs(hf, models, ids, args.new), PROMPT)}
+    agree = agreement(decode_runs(hf, models, ids, args.new), PROMPT) if "agree" in args.tasks else {}
+    return {"floors": floors, "lines": lines, "agree": agree, "bytes": sizes}
 
 
 def agreement(runs: dict[str, Callable[[], object]], prompt: int) -> dict[str, float]:
@@ -191,6 +213,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new", type=int, default=64, help="tokens to decode after a prompt of 64")
     parser.add_argument("--compile", action="store_true", help="also decode with the compiled step")
+    parser.add_argument("--quantize", nargs="+", default=[], metavar="KIND", help="also these kinds of weights")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="only these (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds; needs --threads 1")
     args = parser.parse_args()
@@ -203,26 +227,32 @@ def main() -> None:
     if args.json:
         print(json.dumps({"model": name, **result, "lines": [asdict(line) for line in result["lines"]]}))
         return
-    floors = result["floors"]
+    show(name, args, result)
+
+
+def show(name: str, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print the table."""
+    floors, lines = result["floors"], result["lines"]
     clock = "CPU" if args.cpu_time else "wall"
     print(f"{name}, {args.dtype}, {args.threads} threads, {clock} time, medians of {args.repeats}, tokens/s.")
     print(
         f"Floors: memory copy {floors['copy_gb_s']:.1f} GB/s, read {floors['read_gb_s']:.1f} GB/s, "
-        f"matrix product {floors['matmul_gflop_s']:.0f} GFLOP/s.\n"
+        f"matrix product {floors['matmul_gflop_s']:.0f} GFLOP/s."
     )
-    more = ("| compiled | ratio ", "|---|---") if args.compile else ("", "")
-    print(f"| | transformers | ours | ratio | ours, accelerated | ratio {more[0]}| linears alone | machine floor |")
-    print(f"|---|---|---|---|---|---{more[1]}|---|---|")
-    for x in result["lines"]:
-        compiled = "" if x.compiled is None else f"| {x.compiled:.1f} | {x.compiled / x.transformers:.2f} "
-        print(
-            f"| {x.task} | {x.transformers:.1f} | {x.eager:.1f} | {x.eager / x.transformers:.2f} | {x.accelerated:.1f} "
-            f"| {x.accelerated / x.transformers:.2f} {compiled}| {x.linears:.1f} | {x.floor:.1f} |"
-        )
-    print(
-        "\nGreedy tokens equal to transformers', batch 8: "
-        + ", ".join(f"{k} {v:.0%}" for k, v in result["agree"].items())
+    print("Weights: " + ", ".join(f"{kind} {size / 1e6:.0f} MB" for kind, size in result["bytes"].items()) + ".\n")
+    extra = [*(["compiled"] if args.compile else []), *args.quantize]
+    heads = "".join(
+        f"| {kind}{', compiled' if args.compile and kind in args.quantize else ''} | ratio " for kind in extra
     )
+    print(f"| | transformers | ours | ratio | ours, accelerated | ratio {heads}| linears alone | machine floor |")
+    print(f"|---|---|---|---|---|---{'|---|---' * len(extra)}|---|---|")
+    for x in lines:
+        speeds = [x.eager, x.accelerated, *(x.compiled if k == "compiled" else x.quantized[k] for k in extra)]
+        cells = " | ".join(f"{speed:.1f} | {speed / x.transformers:.2f}" for speed in speeds)
+        print(f"| {x.task} | {x.transformers:.1f} | {cells} | {x.linears:.1f} | {x.floor:.1f} |")
+    if result["agree"]:
+        shares = ", ".join(f"{k} {v:.0%}" for k, v in result["agree"].items())
+        print(f"\nGreedy tokens equal to transformers', batch 8: {shares}")
 
 
 if __name__ == "__main__":

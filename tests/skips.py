@@ -16,6 +16,8 @@ ALLOWED = (
     (r"the golden data is not beside this checkout", 400),
     (r"not a git checkout", 2),
     (r"no C\+\+ compiler", 10),
+    (r"bitsandbytes is not installed", 20),
+    (r"no /proc on this machine", 5),
     (r"flock is not installed", 1),
     (r"lmms-eval is not installed", 10),
     (r"no Java", 1),

@@ -17,9 +17,23 @@ from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear
 from accessory.nn.norm import RMSNorm
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import Int4, Int8, QuantizedTable
 
-# Anything else in the model (a delta, a prefix, quantised or sharded layers) means the ordinary forward.
-_KNOWN = (Llama, nn.ModuleList, nn.Embedding, Block, Attention, FeedForward, RMSNorm, Linear, Packed)
+# Anything else in the model (a delta, a prefix, NF4 or sharded layers) means the ordinary forward.
+_KNOWN = (
+    Llama,
+    nn.ModuleList,
+    nn.Embedding,
+    Block,
+    Attention,
+    FeedForward,
+    RMSNorm,
+    Linear,
+    Packed,
+    Int8,
+    Int4,
+    QuantizedTable,
+)
 
 _log = get(__name__)
 
@@ -49,7 +63,9 @@ class CompiledStep:
         if any(p.device.type != "cpu" for p in model.parameters()):
             return None
         parameters = [(n, tuple(p.shape), p.dtype, p.is_inference()) for n, p in model.named_parameters()]
-        return repr((model.config, torch.get_num_threads(), parameters))
+        buffers = [(n, tuple(b.shape), b.stride(), b.dtype, b.is_inference()) for n, b in model.named_buffers()]
+        packed = [n for n, m in model.named_modules() if isinstance(m, Int4) and m.packed]
+        return repr((model.config, torch.get_num_threads(), parameters, buffers, packed))
 
     def covers(self, model: Llama, ids: Tensor, cache: KVCache) -> bool:
         """Whether the step may feed ``ids`` (B, 1): one row, no gradients, room behind it, and no window in reach."""

@@ -6,6 +6,7 @@ keeps working on top. Measured by ``benchmarks/generate.py``.
 """
 
 import torch
+from torch import nn
 
 from accessory.backbone.compiled import CompiledStep
 from accessory.backbone.llama import Llama
@@ -18,26 +19,28 @@ from accessory.nn.packing import pack, packed, unpack
 def accelerate(model: Llama, compile: bool = False) -> Llama:
     """Fill the inference slots of ``model`` in place, and return it; its state dict does not change.
 
-    Costs a second copy of the weights of the blocks and of the output table. The copies are used only while gradients
+    Costs a second copy of the weights of the blocks and of the output table; quantised ones are re-ordered in place for
+    this machine's kernels, which costs nothing. The copies are used only while gradients
     are off; a weight that is replaced or written later is noticed and its layer computes from the weight itself until
-    :func:`accelerate` is called again. Weights of classes other than :class:`Linear` (tensor parallel, quantised) are
+    :func:`accelerate` is called again. Weights of classes other than :class:`Linear` (tensor parallel) are
     left alone. ``compile``: also decode single sequences by a compiled step, see
     :class:`accessory.backbone.compiled.CompiledStep`; the first answer waits for the compiler. Call :func:`release`
     before moving the model to another device or dtype.
     """
     pack(model, Attention)
+    table = model.tok_embeddings
     if model.output is not None:
-        model.output.kernel = packed(model.output)
-    else:
-        model.output_kernel = Packed((model.tok_embeddings.weight,))
+        model.output.kernel = packed(model.output) or model.output.kernel
+    elif isinstance(table, nn.Embedding):
+        model.output_kernel = Packed((table.weight,))
     model.step = CompiledStep() if compile else None
     return model
 
 
 def accelerate_for_cpu(model: Llama) -> Llama:
     """:func:`accelerate` where it pays, which is bf16 on a CPU; any other model is returned as it is."""
-    table = model.tok_embeddings.weight
-    return accelerate(model) if table.device.type == "cpu" and table.dtype == torch.bfloat16 else model
+    like = model.like
+    return accelerate(model) if like.device.type == "cpu" and like.dtype == torch.bfloat16 else model
 
 
 def release(model: Llama) -> Llama:

@@ -82,7 +82,12 @@ def from_hf(config: LlamaConfig, tensors: dict[str, Tensor], where: str) -> dict
     shapes = expected_shapes(config)
     check_keys({hf_name(k): v for k, v in shapes.items()}, found, where)
     ours = {k: found[hf_name(k)] for k in shapes}
-    return {k: interleave(v, config.head_width) if _rotary(k) else v for k, v in ours.items()}
+    return {k: reordered(config, k, v) for k, v in ours.items()}
+
+
+def reordered(config: LlamaConfig, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of Hugging Face's under our ``name``, in our row order."""
+    return interleave(tensor, config.head_width) if _rotary(name) else tensor
 
 
 def to_hf(config: LlamaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -82,6 +82,7 @@ def config_from_dict(fields: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(**values)
 
 
-def write_config(folder: Path, config: LlamaConfig) -> None:
-    """Write the ``config.json`` of our layout."""
-    store.write_json(Path(folder) / "config.json", {"format": "accessory", "backbone": config_to_dict(config)})
+def write_config(folder: Path, config: LlamaConfig, **more: Any) -> None:
+    """Write the ``config.json`` of our layout, with further entries where there are any."""
+    stated = {"format": "accessory", "backbone": config_to_dict(config), **more}
+    store.write_json(Path(folder) / "config.json", stated)

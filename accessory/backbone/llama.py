@@ -14,6 +14,7 @@ from accessory.nn.linear import Linear, product
 from accessory.nn.moe import MoEConfig, MoEFeedForward
 from accessory.nn.norm import LayerNorm, Norm, RMSNorm
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import QuantizedTable
 from accessory.nn.rope import RopeScaling, table
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Llama(nn.Module):
     Slot ``step``: the forward and :meth:`logits` for one more token, compiled (:mod:`accessory.backbone.compiled`).
     """
 
+    tok_embeddings: nn.Embedding | QuantizedTable
     output: Linear | None
     output_kernel: Packed | None
     step: "CompiledStep | None"
@@ -125,14 +127,22 @@ class Llama(nn.Module):
         """Vocabulary scores of final states: (B, T, D) -> (B, T, V)."""
         if self.output is not None:
             return self.output(h)
+        if isinstance(self.tok_embeddings, QuantizedTable):
+            return self.tok_embeddings.kernel.joined(h)
         tied = self.tok_embeddings.weight
         if self.output_kernel is not None and self.output_kernel.fits(tied):
             return self.output_kernel(h)[0]
         return product(h, tied)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device that the model computes in."""
+        table = self.tok_embeddings
+        return table.kernel.scales if isinstance(table, QuantizedTable) else table.weight
+
     def cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache of the right shape, dtype and device for ``batch`` rows of ``max_length`` positions."""
-        w, c = self.tok_embeddings.weight, self.config
+        w, c = self.like, self.config
         return KVCache(c.n_layers, batch, max_length, c.kv_heads, c.head_width, w.dtype, w.device)
 
     @overload

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,34 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not index:
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
     return read_indexed(folder, INDEX)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file that has not been read."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """The tensor. Its file is mapped for it alone, so that its pages go when it does."""
+        with safe_open(str(self.path), framework="pt") as file:
+            return file.get_tensor(self.name)
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder as :func:`read_tensors` finds it, by name; only headers are read."""
+    read_tensors(folder)  # maps the files, reads no weights, and finds everything that is wrong
+    found: dict[str, Entry] = {}
+    files = [folder / SINGLE]
+    if not files[0].is_file():
+        files = [folder / file for file in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+    for path in files:
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                found[name] = Entry(path, name, tuple(file.get_slice(name).get_shape()))
+    return found
 
 
 def read_indexed(folder: Path, index: str) -> dict[str, Tensor]:

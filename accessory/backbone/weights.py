@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from accessory.backbone import gguf, hf, meta, reference_folders, store
 from accessory.backbone.keys import build_meta, check_keys, config_from_dict, expected_shapes, write_config
 from accessory.backbone.llama import Llama, LlamaConfig
+from accessory.backbone.quantized import Source, load, open_folder, stored_quantization
+from accessory.peft.quantize import Quantization
 
 Layout = Literal["accessory", "hf", "meta", "gguf"]
 
@@ -75,6 +78,8 @@ def read_folder(
         return reference_folders.fold(reference_folders.read_reference([folder, *overlays], pickles=pickles))
     if layout == "meta":
         return meta.read_meta(folder, pickles=pickles)
+    if (stored := stored_quantization(folder)) is not None:
+        raise ValueError(f"{folder} holds quantised weights ({stored.kind}); read the ones that they were made of")
     stated = store.read_json(folder / "config.json").get("backbone")
     if not isinstance(stated, dict):
         raise ValueError(f"{folder / 'config.json'} has no object 'backbone'")
@@ -103,16 +108,50 @@ def from_tensors(
     return model.eval()
 
 
-def load_backbone(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Llama:
+def load_backbone(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantization: Quantization | None = None,
+) -> Llama:
     """A backbone from a folder in our layout or Hugging Face's (or a GGUF file, dequantised to bf16), in eval mode.
 
-    Tensors that need no cast, move or reordering stay memory-mapped: nothing is held twice.
+    Tensors that need no cast, move or reordering stay memory-mapped: nothing is held twice. ``quantization``: linears
+    are quantised as they are read, a layer at a time; a folder that is quantised already is read as it is.
 
     Raises:
         ValueError: for an unknown or ambiguous layout, torn files, and missing, unexpected or mis-shaped keys.
     """
-    config, tensors = read_folder(folder)
-    return from_tensors(config, tensors, dtype=dtype, device=device)
+    folder = Path(folder)
+    if folder.is_dir() and quantization is None:
+        quantization = stored_quantization(folder)
+    if quantization is None:
+        config, tensors = read_folder(folder)
+        return from_tensors(config, tensors, dtype=dtype, device=device)
+    layout = detect(folder)
+    source = open_folder(folder, layout)
+    if source is None:
+        return quantized_from_tensors(*read_folder(folder, layout=layout), quantization, dtype=dtype, device=device)
+    return load(source, quantization, dtype, device)
+
+
+def quantized_from_tensors(
+    config: LlamaConfig,
+    tensors: dict[str, Tensor],
+    quantization: Quantization,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Llama:
+    """As :func:`from_tensors`, quantised a layer at a time; ``tensors`` is emptied on the way, which frees them.
+
+    Raises:
+        ValueError: when ``quantization`` does not fit the sizes.
+    """
+    dtype = tensors["tok_embeddings.weight"].dtype if dtype is None else dtype
+    source = Source(config, {k: partial(tensors.pop, k) for k in list(tensors)})
+    return load(source, quantization, dtype, device)
 
 
 def save_accessory(

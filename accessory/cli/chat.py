@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accessory.backbone.generate import Sampling
+    from accessory.peft.quantize import Quantization
     from accessory.schema import Turn
     from accessory.serve.chat import Dialogue
     from accessory.serve.illustrated_chat import IllustratedChat
@@ -27,6 +28,7 @@ Type a question; the answer streams below it. Ctrl-C stops an answer, Ctrl-D or 
   /quit         leave"""
 
 
+QUANTIZE = "keep the language model in fewer bits: int8, int4 or nf4, also as int4,group=32 or int8,embeddings"
 DRAWING = """\
   /pictures auto|always|never   when answers hold pictures: as the model wants, all of them, none"""
 
@@ -46,6 +48,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)"
     )
+    parser.add_argument("--quantize", metavar="KIND", help=QUANTIZE)
     parser.add_argument(
         "--generator", metavar="DIR", help="generator folder or shipped name: answers may hold pictures"
     )
@@ -61,6 +64,13 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     parser.add_argument("--cache", type=Path, help="cache folder of the assets")
     parser.set_defaults(main=main)
+
+
+def quantization(args: argparse.Namespace) -> Quantization | None:
+    """What ``--quantize`` says, None where it is not given; ValueError for what it does not know."""
+    from accessory.peft.quantize import Quantization
+
+    return None if args.quantize is None else Quantization.parse(args.quantize)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -83,7 +93,9 @@ def main(args: argparse.Namespace) -> int:
 def _talking(args: argparse.Namespace, sampling: Sampling) -> Terminal:
     from accessory.serve.chat import load
 
-    chat = load(args.model, cache=args.cache, device=args.device, sampling=sampling).new_chat()
+    wanted = quantization(args)
+    made = load(args.model, cache=args.cache, device=args.device, sampling=sampling, quantization=wanted)
+    chat = made.new_chat()
     return Terminal(chat, chat.events)
 
 
@@ -91,6 +103,10 @@ def _drawing(args: argparse.Namespace, sampling: Sampling) -> Illustrator:
     from accessory.serve.illustrate import Controls
     from accessory.serve.illustrated_chat import load, of_mode
 
+    if args.quantize is not None:
+        raise ValueError(
+            f"--quantize {args.quantize} does not go with --generator yet: what it reads was trained in bf16"
+        )
     controls = of_mode(Controls(seed=args.seed or 0), args.pictures)
     made = load(args.model, args.generator, cache=args.cache, device=args.device, sampling=sampling, controls=controls)
     if made.dream is None and args.pictures == "auto":

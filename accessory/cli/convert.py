@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from accessory.backbone.llama import Llama, LlamaConfig
+    from accessory.models.gate import Measure
+    from accessory.peft.quantize import Quantization
 
 TARGET_HELP = "layout of DST; model: a model folder, from one of LLaMA2-Accessory that sees"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -33,6 +35,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--to", dest="target", choices=targets, default="accessory", help=TARGET_HELP)
     parser.add_argument("--sparse", action="store_true", help="block-sparse experts (only --to reference)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
+    parser.add_argument("--quantize", metavar="KIND", help="write int8, int4 or nf4 weights (only --to accessory)")
     parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (not --to hf)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
@@ -40,7 +43,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--tolerance",
         type=float,
         metavar="X",
-        help="largest move of a logit, relative to the largest (default: by type)",
+        help="largest move of a logit, relative to the largest (default: by type and KIND)",
     )
     parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
     parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
@@ -67,10 +70,12 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.store import cast
     from accessory.backbone.weights import detect, from_tensors, read_folder
     from accessory.models.gate import hold, measure
+    from accessory.peft.quantize import Quantization
 
     if (args.src / "config.yaml").is_file():
         return _trained(args)
     _check(args)
+    spec = Quantization.parse(args.quantize) if args.quantize is not None else None
     if args.target == "model":
         return _pictured(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -86,16 +91,20 @@ def main(args: argparse.Namespace) -> int:
         tokenizer = args.src
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer")
-    _write(args, config, tensors, tokenizer)
-    moved = None
-    if before is not None:
-        moved = hold(before, args.dst, "converting to", tolerance=args.tolerance, opened=_open)
+    count = sum(t.numel() for t in tensors.values())
+    held = f"{len(tensors)} tensors, {count:,} parameters" + ("" if spec is None else f" as {args.quantize}")
+    if spec is not None:
+        moved = _quantize(args, config, tensors, spec, before)
+    else:
+        _write(args, config, tensors, tokenizer)
+        moved = None
+        if before is not None:
+            moved = hold(before, args.dst, "converting to", tolerance=args.tolerance, opened=_open)
     if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
-    count = sum(t.numel() for t in tensors.values())
-    print(f"{args.dst}: {args.target} layout, {len(tensors)} tensors, {count:,} parameters (read as {layout})")
+    print(f"{args.dst}: {args.target} layout, {held} (read as {layout})")
     said = "not compared (--skip-gate)" if moved is None else f"moved by {moved:.2g} of their largest"
     print(f"logits of the fixed prompts: {said}")
     if tokenizer is not None:
@@ -105,6 +114,34 @@ def main(args: argparse.Namespace) -> int:
     else:
         print("tokenizer: none written, there is none in SRC; --tokenizer DIR takes one along")
     return 0
+
+
+def _quantize(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    tensors: dict[str, Tensor],
+    spec: Quantization,
+    before: Measure | None,
+) -> float | None:
+    """Write quantised weights; ``tensors`` is emptied on the way. Returns how far the logits moved from the full ones.
+
+    Two gates: what fewer bits cost is bounded by ``--tolerance``, or for its kind, before anything is written; what
+    was written has to give the logits of what was made.
+    """
+    from accessory.backbone.quantized import save_quantized
+    from accessory.backbone.weights import quantized_from_tensors
+    from accessory.models.gate import QUANTISED, check, hold, measure
+
+    model = quantized_from_tensors(config, tensors, spec)
+    moved, after = None, None
+    if before is not None:
+        after = measure(model)
+        limit = QUANTISED[spec.kind] if args.tolerance is None else args.tolerance
+        moved = check(before, after, f"quantising {args.src} as {args.quantize}", limit)
+    save_quantized(model, args.dst, max_shard_bytes=int(args.max_shard_gb * 1e9))
+    if after is not None:
+        hold(after, args.dst, "writing", opened=_open)
+    return moved
 
 
 def _write(args: argparse.Namespace, config: LlamaConfig, tensors: dict[str, Tensor], tokenizer: Path | None) -> None:
@@ -127,8 +164,11 @@ def _write(args: argparse.Namespace, config: LlamaConfig, tensors: dict[str, Ten
 
 def _open(folder: Path) -> Llama:
     """What was written, read again; LLaMA2-Accessory's files are pickles."""
-    from accessory.backbone.weights import from_tensors, read_folder
+    from accessory.backbone.quantized import stored_quantization
+    from accessory.backbone.weights import from_tensors, load_backbone, read_folder
 
+    if stored_quantization(folder) is not None:
+        return load_backbone(folder)
     return from_tensors(*read_folder(folder, pickles=True))
 
 
@@ -141,6 +181,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.sparse and args.target != "reference":
         raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
+    if args.quantize is not None and (args.target != "accessory" or args.tensor_parallel is not None):
+        raise ValueError(f"--quantize {args.quantize} needs --to accessory, and no --tensor-parallel")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
     if (args.llama_type or args.clip_activation) and args.target != "model":
@@ -168,7 +210,12 @@ def _trained(args: argparse.Namespace) -> int:
     from accessory.models.export import export
 
     target = f"to {args.target}"
-    said = ((target, args.target != "accessory"), ("tensor-parallel", args.tensor_parallel), ("overlay", args.overlay))
+    said = (
+        (target, args.target != "accessory"),
+        ("tensor-parallel", args.tensor_parallel),
+        ("overlay", args.overlay),
+        ("quantize", args.quantize),
+    )
     if other := [f"--{n}" for n, v in said if v]:
         raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
     made = export(args.src, args.dst, getattr(torch, args.dtype) if args.dtype else None, args.base)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accessory.cli.chat import QUANTIZE, quantization
 from accessory.cli.generate import add_sampler_options, adjusted, whole_entries
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from accessory.models.generator import Generator
 
 CONTROLS: tuple[Control, ...] = ("none", "shuffled", "blind")
-OF_CHAT = ("controls", "retrieval", "data")
+OF_CHAT = ("controls", "retrieval", "data", "quantize")
 OF_GENERATORS = ("seed", "steps", "guidance", "solver", "time_shift", "sheet")
 SHEET = 24  # rows of a contact sheet, of all kinds together
 Sets = dict[str, "list[Query]"]
@@ -53,6 +54,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     chat.add_argument("--controls", nargs="+", choices=CONTROLS, help="default: none shuffled")
     chat.add_argument("--data", type=Path, metavar="FILE.yaml", help="test sets of your own, see data_configs/examples")
     chat.add_argument("--retrieval", action="store_true", help="also name emoji by nearest neighbour in the encoder")
+    chat.add_argument("--quantize", metavar="KIND", help=QUANTIZE)
     drawn = p.add_argument_group("of generators alone")
     drawn.add_argument("--seed", type=int, help="what the noise of all pictures is derived from (default: 0)")
     drawn.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet, three pictures a prompt")
@@ -88,7 +90,7 @@ def _answers(args: argparse.Namespace) -> int:
     from accessory.evaluate.score import TASKS, score
     from accessory.serve.chat import load
 
-    model = load(args.model, cache=args.cache, device=args.device).model
+    model = load(args.model, cache=args.cache, device=args.device, quantization=quantization(args)).model
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("", encoding="utf-8")

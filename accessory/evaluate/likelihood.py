@@ -55,7 +55,7 @@ def compute_logits(
     if not all(rows):
         raise ValueError(f"example {[bool(r) for r in rows].index(False)} has no token: there is nothing to score")
     longest = max(map(len, rows))
-    device = model.tok_embeddings.weight.device
+    device = model.like.device
     # Padded on the right: causal attention never looks there.
     ids = torch.tensor([r + [tokenizer.pad_id] * (longest - len(r)) for r in rows], device=device)
     logits = model.logits(model(model.embed(ids))).float()

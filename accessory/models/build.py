@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +29,7 @@ from accessory.data.tokenizer import Tokenizer
 from accessory.models.encoder_store import file_digest, read_encoder
 from accessory.models.mllm import MLLM
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
+from accessory.peft.quantize import Quantization, found, quantize
 from accessory.vision import presets
 from accessory.vision.projector import Kind, Projector
 from accessory.vision.resampler import Resampler
@@ -151,6 +152,8 @@ class ModelConfig:
     tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
     slot, LoRA and scales are folded into the weights first. :func:`find` says what a name means. ``base_sha256``,
     filled when the model is built, keeps a model from being loaded on weights that it was not trained on.
+
+    ``quantization``: the backbone's frozen linears in fewer bits, before anything is attached (QLoRA with kind nf4).
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -163,6 +166,7 @@ class ModelConfig:
     max_length: int = 1024
     base: str | None = None
     base_sha256: str | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
     """
     if config.base is not None:
         return _on_base(config, cache, train)
-    backbone, words = _backbone(config.backbone, cache)
+    backbone, words = _backbone(config.backbone, cache, config.quantization)
     tower = None if config.tower is None else build_tower(config.tower, cache)
     projector = resampler = None
     if tower is not None and config.projector is not None:
@@ -226,10 +230,15 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
             f"SHA-256 {digest}, base_sha256 is {own}"
         )
     resolved = replace(base.config, base=config.base, base_sha256=digest, tuning=config.tuning)
+    if config.quantization is not None:
+        resolved = replace(resolved, quantization=config.quantization)
     plain = replace(ModelConfig(), base=config.base, base_sha256=own, tuning=config.tuning)
     names = [f.name for f in fields(config)]
     if said := [n for n in names if getattr(config, n) not in (getattr(plain, n), getattr(resolved, n))]:
-        raise ValueError(f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning is named")
+        raise ValueError(
+            f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning and quantization are "
+            "named"
+        )
     if config.tuning:
         kinds, there = {spec.kind for spec in config.tuning}, {spec.kind for spec in attached(base.net)}
         for kind in sorted(kinds & there & {"prefix", "bias"}):  # these cannot be folded into a weight
@@ -240,9 +249,17 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
             )
         if kinds & there & {"lora", "scale"}:
             merge(base.net)  # a linear holds one delta: the base's own is folded into its weight
+        _quantize(base.net, config.quantization)
         attach(base.net, config.tuning, dtype=torch.float32)
+    _quantize(base.net, config.quantization)
     base.net.requires_grad_(False) if not train else _promote(base.net)
     return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)
+
+
+def _quantize(net: MLLM, wanted: Quantization | None) -> None:
+    """Quantise the backbone, unless it is just so already."""
+    if wanted is not None and found(net) != wanted:
+        quantize(net, wanted)
 
 
 def _promote(net: nn.Module) -> None:
@@ -259,19 +276,20 @@ def _asset(reference: str, cache: Path | None) -> Path:
     return find(reference)
 
 
-def _backbone(config: BackboneConfig, cache: Path | None) -> tuple[Llama, Tokenizer]:
+def _backbone(config: BackboneConfig, cache: Path | None, quantization: Quantization | None) -> tuple[Llama, Tokenizer]:
     dtype = DTYPES[config.dtype]
     if config.source is None:
         if config.llama is None or config.tokenizer is None:
             raise ValueError("backbone.source is null: random weights need backbone.llama and backbone.tokenizer")
         words = tokenizer.load(_asset(config.tokenizer, cache))
-        return Llama(config.llama).to(dtype), words
+        made = Llama(config.llama).to(dtype)
+        return made if quantization is None else cast(Llama, quantize(made, quantization)), words
     path = _asset(config.source, cache)
     gguf = _gguf(path)
     words = tokenizer.load(_asset(config.tokenizer, cache) if config.tokenizer else gguf or path)
     if gguf is not None:
         path = cached_gguf(gguf, (cache or assets.default_cache()) / "prepared")
-    return load_backbone(path, dtype=dtype), words
+    return load_backbone(path, dtype=dtype, quantization=quantization), words
 
 
 def _gguf(path: Path) -> Path | None:
@@ -302,6 +320,19 @@ def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     else:
         load_tower(tower, read_file(find(config.weights)))
     return tower
+
+
+def shrink(model: Model, quantization: Quantization) -> Model:
+    """Quantise a loaded model in place for inference. LoRA and scales are folded into the full weights first, so that
+    nothing is computed beside the quantised ones; prefixes, biases and norms stay.
+
+    Raises:
+        ValueError: when it is quantised already, or the sizes do not fit.
+    """
+    if found(model.net) is None and any(spec.kind in ("lora", "scale") for spec in attached(model.net)):
+        merge(model.net)
+    quantize(model.net, quantization)
+    return model
 
 
 def exported(net: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from accessory.models.dream_spans import DreamSpan, Drop, hide_spans, is_prompt,
 from accessory.models.mllm import MLLM
 from accessory.models.splice import splice
 from accessory.nn.cache import KVCache, Past
+from accessory.nn.linear import stated
+from accessory.nn.quantized import Quantized
 from accessory.tokens import DREAM, DREAM_END, DREAM_START, IMAGE
 
 Taps = dict[int | None, Tensor]
@@ -87,8 +89,8 @@ class Dream(nn.Module):
         self.end = nn.Parameter(_mean_embedding(net))
         own = config.trigger is None
         self.register_parameter("start", nn.Parameter(_mean_embedding(net)) if own else None)
-        table = backbone.tok_embeddings if backbone.output is None else backbone.output
-        mean = table.weight.detach().float().mean(0)
+        table = backbone.tok_embeddings.weight if backbone.output is None else stated(backbone.output)
+        mean = (table.dequantized() if isinstance(table, Quantized) else table.detach()).float().mean(0)
         self.register_parameter("start_output", nn.Parameter(mean) if own else None)
         if config.trigger is not None and not 0 <= config.trigger < backbone.config.vocab_size:
             raise ValueError(f"trigger {config.trigger} is no row of a vocabulary of {backbone.config.vocab_size}")

@@ -27,6 +27,9 @@ from accessory.schema import Picture, Turn
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference of a logit, relative to the largest logit, that rounding in a type of number explains."""
+QUANTISED = {"int8": 0.15, "int4": 0.8, "nf4": 0.8}
+"""The same, between full weights and those that are kept in fewer bits; a 135M-parameter model moved by 0.06, 0.40 and
+0.52, tiny random ones by 0.02, 0.09 and 0.16."""
 PROMPTS = (
     "Hi",
     "The lighthouse keeper counted nine ships before the fog arrived.",
@@ -69,17 +72,18 @@ def measure(model: Net) -> Measure:
     net = model.net if isinstance(model, Model) else model
     training = net.training
     net.eval()
-    table = (net if isinstance(net, Llama) else net.backbone).tok_embeddings.weight
+    backbone = net if isinstance(net, Llama) else net.backbone
+    device, dtype = backbone.like.device, backbone.like.dtype
     out = []
-    for ids, tiles in _rows(model, table.shape[0]):
-        ids = ids.to(table.device)[None]
+    for ids, tiles in _rows(model, backbone.config.vocab_size):
+        ids = ids.to(device)[None]
         if isinstance(net, Llama):
             h = net(net.embed(ids))
         else:
-            h = net(ids, tiles.to(table.device) if tiles is not None and len(tiles) else None)
+            h = net(ids, tiles.to(device) if tiles is not None and len(tiles) else None)
         out.append(net.logits(h)[0].float().cpu())
     net.train(training)
-    return Measure(tuple(out), table.dtype if table.dtype in TOLERANCE else torch.float32)
+    return Measure(tuple(out), dtype if dtype in TOLERANCE else torch.float32)
 
 
 def _rows(model: Net, vocab: int) -> list[tuple[Tensor, Tensor | None]]:

@@ -74,7 +74,7 @@ class TextEncoder(nn.Module):
     def __init__(self, backbone: Llama, tokenizer: Tokenizer, profile: TextProfile, *, frozen: bool = True) -> None:
         super().__init__()
         profile.check(backbone.config)
-        found, wanted = backbone.tok_embeddings.weight.dtype, build.DTYPES[profile.dtype]
+        found, wanted = backbone.like.dtype, build.DTYPES[profile.dtype]
         if found != wanted:
             raise ValueError(f"profile {profile.name} computes in {wanted}, this backbone in {found}")
         for name, asked in (("bos", profile.bos), ("eos", profile.eos)):
@@ -177,7 +177,7 @@ class TextEncoder(nn.Module):
         for i, row in enumerate(rows):
             at = _place(len(row), longest, p.padding.side)
             ids[i, at], mask[i, at] = torch.tensor(row), True
-        device = self.backbone.tok_embeddings.weight.device
+        device = self.backbone.like.device
         ids, mask = ids.to(device), mask.to(device)
         h = self._states(self.backbone.embed(ids), None if bool(mask.all()) else mask)
         for i, row in enumerate(rows):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from accessory.nn.cache import KVCache
 from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import Quantized
 from accessory.nn.rope import rotate
 
 SHORT = 512 * 512  # most scores a head for which the explicit formula is not slower on a CPU
@@ -22,7 +23,7 @@ class Attention(nn.Module):
     """
 
     prefix: nn.Module | None
-    fused: Packed | None
+    fused: Packed | Quantized | None
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import Quantized
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
@@ -19,7 +20,7 @@ class FeedForward(nn.Module):
     """
 
     w3: Linear | None
-    fused: Packed | None
+    fused: Packed | Quantized | None
 
     def __init__(
         self, dim: int, hidden: int, activation: Activation = "silu", gated: bool = True, bias: bool = False

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import Quantized
 
 
 class Linear(nn.Linear):
@@ -15,12 +16,13 @@ class Linear(nn.Linear):
 
     ``delta``: any module mapping (..., in_features) to (..., out_features), e.g. ``peft.lora.LowRank``.
     ``scale``: a parameter (out_features) or None (LLaMA-Adapter V2's scale tuning).
-    ``kernel``: another way to compute ``W x`` without gradients (``backbone.fast`` fills it).
+    ``kernel``: another way to compute ``W x``: packed, without gradients (``backbone.fast`` fills it), or quantised
+    (``peft.quantize``), in which case ``weight`` is None.
     """
 
     delta: nn.Module | None
     scale: nn.Parameter | None
-    kernel: Packed | None
+    kernel: Packed | Quantized | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -52,6 +54,15 @@ class Linear(nn.Linear):
         if self.scale is not None:
             y = y * self.scale.to(y.dtype)
         return y
+
+
+def stated(linear: Linear) -> Tensor | Quantized:
+    """What states shape (out, in), dtype and device of a linear: its weight, or the kernel that stands for it."""
+    weight: Tensor | None = linear.weight
+    if weight is not None:
+        return weight
+    assert isinstance(linear.kernel, Quantized)
+    return linear.kernel
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

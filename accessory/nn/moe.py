@@ -108,17 +108,25 @@ class MoEFeedForward(nn.Module):
         """The weights ``name`` of all experts."""
         return [expert.get_submodule(name).get_parameter("weight") for expert in self.experts]
 
+    def linears(self) -> list[Linear]:
+        """The linears of all experts."""
+        return [getattr(expert, name) for expert in self.experts for name in ("w1", "w2", "w3")]
+
     def grouped(self, rows: Tensor) -> bool:
         """Whether all experts can be computed as one product for ``rows`` (N, D)."""
-        linears = [getattr(expert, name) for expert in self.experts for name in ("w1", "w2", "w3")]
+        linears = self.linears()
         plain = all(type(linear) is Linear and linear.bare for linear in linears)
-        return plain and groupable(rows, [linear.weight for linear in linears])
+        weights = [linear.weight for linear in linears]
+        return plain and all(w is not None for w in weights) and groupable(rows, weights)  # quantised ones have none
 
 
 def lay_out_experts(model: nn.Module) -> None:
-    """Put the experts of every layer of ``model`` side by side in memory, so that grouped products copy nothing."""
+    """Put the experts of every layer of ``model`` side by side in memory, so that grouped products copy nothing.
+
+    Quantised experts are computed one by one, and stay where they are.
+    """
     for module in model.modules():
-        if isinstance(module, MoEFeedForward):
+        if isinstance(module, MoEFeedForward) and all(m.weight is not None for m in module.linears()):
             for name in ("w1", "w2", "w3"):
                 lay_out(module.weights(name))
 

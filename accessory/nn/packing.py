@@ -8,24 +8,39 @@ from torch import nn
 from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
+from accessory.nn.quantized import Quantized, join
 
 
 @torch.no_grad()
 def pack(model: nn.Module, attention: type[nn.Module]) -> None:
     """Fill the slots of every layer of the class ``attention`` (wq wk wv wo, ``fused``) and of every feed-forward.
 
-    Weights of classes other than :class:`Linear` (tensor parallel, quantised) are left alone.
+    Quantised weights are re-ordered for the kernels of this machine and joined likewise. Layers of classes other than
+    :class:`Linear` (tensor parallel) are left alone.
     """
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.optimize()
     for module in list(model.modules()):
         layer: Any = module  # its class decides what it has
         if isinstance(module, attention) and _plain(layer.wq, layer.wk, layer.wv):
             layer.fused = Packed((layer.wq.weight, layer.wk.weight, layer.wv.weight))
-            layer.wo.kernel = packed(layer.wo)
-        elif isinstance(module, FeedForward) and module.w3 is None:
-            module.w1.kernel, module.w2.kernel = packed(module.w1), packed(module.w2)
-        elif isinstance(module, FeedForward) and module.w3 is not None and _plain(module.w1, module.w3):
-            module.fused = Packed((module.w1.weight, module.w3.weight))
-            module.w2.kernel = packed(module.w2)
+            layer.wo.kernel = packed(layer.wo) or layer.wo.kernel
+        elif isinstance(module, attention) and layer.fused is None:
+            layer.fused = _joined(layer.wq, layer.wk, layer.wv)
+        elif isinstance(module, FeedForward):
+            _pack_feed_forward(module)
+
+
+def _pack_feed_forward(module: FeedForward) -> None:
+    w1, w2, w3 = module.w1, module.w2, module.w3
+    if w3 is None:
+        w1.kernel, w2.kernel = packed(w1) or w1.kernel, packed(w2) or w2.kernel
+    elif _plain(w1, w3):
+        module.fused = Packed((w1.weight, w3.weight))
+        w2.kernel = packed(w2) or w2.kernel
+    elif module.fused is None:
+        module.fused = _joined(w1, w3)
 
 
 def unpack(model: nn.Module, attention: type[nn.Module]) -> None:
@@ -34,14 +49,22 @@ def unpack(model: nn.Module, attention: type[nn.Module]) -> None:
         layer: Any = module
         if isinstance(module, (attention, FeedForward)):
             layer.fused = None
-        elif isinstance(module, Linear):
+        elif isinstance(module, Quantized):
+            module.release()
+        elif isinstance(module, Linear) and isinstance(module.kernel, Packed):
             module.kernel = None
 
 
 def packed(linear: Linear) -> Packed | None:
-    """The packed product of a plain linear, None for any other class."""
+    """The packed product of a plain linear, None for any other class and where the weight is quantised."""
     return Packed((linear.weight,)) if _plain(linear) else None
 
 
+def _joined(*linears: Linear) -> Quantized | None:
+    kernels = [linear.kernel for linear in linears]
+    quantized = [k for k in kernels if isinstance(k, Quantized)]
+    return join(quantized) if len(quantized) == len(kernels) else None
+
+
 def _plain(*linears: object) -> bool:
-    return all(type(linear) is Linear for linear in linears)
+    return all(type(linear) is Linear and not isinstance(linear.kernel, Quantized) for linear in linears)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from accessory.nn.attention import Attention
 from accessory.nn.block import Block
-from accessory.nn.linear import Linear
+from accessory.nn.linear import Linear, stated
 from accessory.peft import lora
 from accessory.peft.prefix import Gate, ZeroInitPrefix
 from accessory.peft.tuning import add_bias, add_scale, added_dtype, train_matching, train_norms
@@ -178,9 +178,9 @@ def _apply(model: nn.Module, backbone: nn.Module, spec: TuningSpec, dtype: torch
     else:
         for _, linear in _targets(backbone, spec.targets):
             if isinstance(spec, LoraSpec):
-                out_features, in_features = linear.weight.shape  # this rank's share under tensor parallelism
+                out_features, in_features = stated(linear).shape  # this rank's share under tensor parallelism
                 delta = lora.LowRank(in_features, out_features, spec.rank, spec.alpha, spec.dropout)
-                linear.delta = delta.to(linear.weight.device, added_dtype(linear, dtype)).train(linear.training)
+                linear.delta = delta.to(stated(linear).device, added_dtype(linear, dtype)).train(linear.training)
             elif isinstance(spec, ScaleSpec):
                 add_scale(linear, dtype)
             elif add_bias(linear, dtype):
@@ -194,11 +194,11 @@ def _targets(backbone: nn.Module, targets: Sequence[str]) -> list[tuple[str, Lin
 def _add_prefixes(backbone: nn.Module, spec: PrefixSpec, dtype: torch.dtype | None) -> None:
     attentions = _attentions(backbone)
     for attention in attentions[len(attentions) - (spec.layers or len(attentions)) :]:
-        width, dim = attention.wq.weight.shape
+        width, dim = stated(attention.wq).shape
         prefix = ZeroInitPrefix(
             width // attention.head_dim, attention.head_dim, dim, spec.length, spec.gate, spec.new_gate, spec.init_std
         )
-        attention.prefix = prefix.to(attention.wq.weight.device, added_dtype(attention.wq, dtype))
+        attention.prefix = prefix.to(stated(attention.wq).device, added_dtype(attention.wq, dtype))
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -257,11 +257,12 @@ def merge(model: nn.Module) -> float:
     and so do prefixes: their tokens go through the folded wk and wv, which compute what they did.
 
     Raises:
-        ValueError: when a layer would compute something else. Nothing is changed then.
+        ValueError: when a layer would compute something else, or is quantised. Nothing is changed then.
     """
     backbone = find_backbone(model)
     full = [(name, linear) for name, linear in slotted(backbone) if not (linear.delta is None and linear.scale is None)]
     for name, linear in full:
+        lora.refuse_quantized(linear, name)
         error, limit = lora.folding_error(linear), lora.TOLERANCE[linear.weight.dtype]
         if not error <= limit:  # NaN too
             raise ValueError(f"folding {name} would change its outputs by {error:.2g}, the limit is {limit:g}")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.nn.linear import Linear
+from accessory.nn.linear import Linear, stated
+from accessory.nn.quantized import Quantized
 
 # Largest difference that folding may cause, relative to the largest output, by the dtype of the weight.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -47,6 +48,17 @@ class LowRank(nn.Module):
         return self.factor * (self.b.weight.to(dtype) @ self.a.weight.to(dtype))
 
 
+def refuse_quantized(linear: Linear, name: str) -> None:
+    """ValueError where ``linear`` (called ``name``) has no floating point weight to fold into."""
+    held = stated(linear)
+    kind = held.kind if isinstance(held, Quantized) else str(held.dtype)
+    if isinstance(held, Quantized) or not held.is_floating_point():
+        raise ValueError(
+            f"cannot fold into a quantised weight: {name} is kept as {kind}; keep the delta beside it, or dequantise "
+            "the model first (peft.quantize.dequantize), which takes the memory of the full weights"
+        )
+
+
 @torch.no_grad()
 def folded(linear: Linear) -> tuple[Tensor, Tensor | None]:
     """Weight (out, in) and bias (out) of the plain layer that computes what ``linear`` computes with its slots.
@@ -56,8 +68,7 @@ def folded(linear: Linear) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: when the delta is not a :class:`LowRank`, or the weight is not a floating point matrix.
     """
-    if not linear.weight.is_floating_point():
-        raise ValueError(f"cannot fold into a weight of dtype {linear.weight.dtype}; dequantise the layer first")
+    refuse_quantized(linear, "it")
     dtype = torch.promote_types(linear.weight.dtype, torch.float32)
     weight, bias = linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
     if linear.delta is not None:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from accessory.nn.linear import Linear
+from accessory.nn.linear import Linear, stated
 from accessory.nn.norm import RMSNorm
 
 
@@ -14,7 +14,8 @@ def added_dtype(linear: Linear, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of what is hung on ``linear``: ``dtype`` if stated, else its weight's, fp32 on integer weights."""
     if dtype is not None:
         return dtype
-    return linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
+    found = stated(linear).dtype
+    return found if found.is_floating_point else torch.float32
 
 
 def add_bias(linear: Linear, dtype: torch.dtype | None = None) -> bool:
@@ -22,7 +23,7 @@ def add_bias(linear: Linear, dtype: torch.dtype | None = None) -> bool:
     if linear.bias is not None:
         linear.bias.requires_grad_(True)
         return False
-    w = linear.weight
+    w = stated(linear)
     linear.bias = nn.Parameter(torch.zeros(w.shape[0], dtype=added_dtype(linear, dtype), device=w.device))
     return True
 
@@ -35,7 +36,7 @@ def add_scale(linear: Linear, dtype: torch.dtype | None = None) -> None:
     """
     if linear.scale is not None:
         raise ValueError("the layer already has a scale")
-    w = linear.weight
+    w = stated(linear)
     linear.scale = nn.Parameter(torch.ones(w.shape[0], dtype=added_dtype(linear, dtype), device=w.device))
 
 

@@ -21,6 +21,7 @@ from accessory.models import build
 from accessory.models.build import Model
 from accessory.nn.cache import KVCache
 from accessory.parallel.groups import choose_device
+from accessory.peft.quantize import Quantization
 from accessory.schema import Part, Turn
 from accessory.serve.answer import Answer, Cost, Prompt, common
 from accessory.serve.media import Limits, Source, turns_of, user_turn
@@ -369,14 +370,18 @@ def load(
     device: str | None = None,
     sampling: Sampling | None = None,
     limits: Limits | None = None,
+    quantization: Quantization | None = None,
 ) -> ChatModel:
     """The model of a folder (or a shipped one by name), ready to chat. ``cache``: where the assets lie.
 
     ``device`` as in :func:`accessory.parallel.groups.choose_device`, None for the best there is.
     On a CPU the weights of a bf16 backbone are packed for decoding, which costs a second copy of them.
+    ``quantization``: fold LoRA into the backbone and quantise it (:func:`accessory.models.build.shrink`).
     """
     where = choose_device(device)  # first: a mistake should not cost the loading of a model
     model = build.load(find_model(folder), cache=cache)
     model.net.to(where)
+    if quantization is not None:
+        build.shrink(model, quantization)
     accelerate_for_cpu(model.net.backbone)
     return ChatModel(model, sampling=sampling, limits=limits)

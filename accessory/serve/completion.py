@@ -51,7 +51,7 @@ def continued(
     ids, count = fit(tokenizer.encode(prompt, bos=tokenizer.bos_id is not None), sampling.max_new_tokens, room)
     stops = tuple(form for s in sampling.stop for form in (f" {s}", s))
     sampling = replace(sampling, max_new_tokens=count, stop_ids=(*sampling.stop_ids, *eos))
-    device = model.tok_embeddings.weight.device
+    device = model.like.device
     whole = torch.tensor([ids], device=device)
     matcher, decoder, shown = StopMatcher(stops), tokenizer.stream(), ""
     for step in stream(model, model.embed(whole), ids=whole, sampling=sampling):

@@ -44,7 +44,7 @@ def meta_build(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return build.build(configuration.load(SHIPPED, RunConfig).model, train=False)
 
     monkeypatch.setattr(build, "load", shipped)
-    monkeypatch.setattr(build, "_digest", lambda _: "0" * 64)
+    monkeypatch.setattr(build, "file_digest", lambda _: "0" * 64)
     monkeypatch.setattr(lora, "folding_error", lambda _: 0.0)  # a number, which meta tensors do not have
     with torch.device("meta"):
         return build.build(config, train=True)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from accessory.__main__ import main
-from accessory.evaluate import tally
+from accessory.evaluate import tally, trigger
 from accessory.models.generator_net import Generator
 from tests.tiny import tiny_model_dir
 from tests.tiny_generator import tiny_generator_dir
@@ -58,7 +58,10 @@ def test_a_bridge_is_asked_in_four_ways(
     assert Counter(e["kind"] for e in entries) == {"caption": 4, "request": 4, "indirect": 4, "riddle": 4}
     assert any("indirect: " in line and "left out" in line for line in said)
     table = tally.tables(entries).splitlines()
-    assert [line for line in said if line.startswith("|")] == [line for line in table if line]
+    rows = [line for line in said if line.startswith("|")]
+    asked = rows.index(trigger.HEAD.splitlines()[0])
+    assert rows[:asked] == [line for line in table if line]
+    assert [row.split("|")[1].strip() for row in rows[asked + 2 :]] == list(trigger.SETS)
     assert all(e["run"]["settings"]["grid"]["points"] == 3 and e["run"]["seed"] == 0 for e in entries)
     assert isinstance(entries[0]["prompt"], str)
     assert [role for role, _ in entries[4]["prompt"]] == ["user"]

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,18 +104,19 @@ def test_the_example_works_from_top_to_bottom(
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    found = blocks("python")
-    assert len(found) == 2
-    for body in found:
-        code = compile(body, "README.md", "exec")
-        if "nano-dit" in body:  # a generator draws too long for a suite; what it imports must be there
-            imports = [line for line in body.splitlines() if line.startswith("from ")]
-            exec("\n".join(imports), {})
-            assert len(imports) == 2
-            assert code.co_names
-            continue
-        exec(compile(body.replace(NANO, str(tiny_model_dir(tmp_path))), "README.md", "exec"), {})
+    body, generator = blocks("python")
+    assert "load_generator" in generator
+    exec(compile(body.replace(NANO, str(tiny_model_dir(tmp_path))), "README.md", "exec"), {})
     assert capsys.readouterr().out.count("\n") >= 3
+
+
+@pytest.mark.assets
+def test_the_generator_draws_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    made: dict[str, Any] = {}
+    exec(compile(blocks("python")[1], "README.md", "exec"), made)
+    assert [picture.size for picture in made["pictures"]] == [(64, 64)] * 2
+    assert made["pictures"][0].tobytes() != made["pictures"][1].tobytes()
 
 
 def test_every_path_exists() -> None:

@@ -15,6 +15,7 @@ from accessory.__main__ import main
 from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.sizes import SIZES
 from accessory.models.plan import (
+    KERNELS,
     KINDS,
     Load,
     Rates,
@@ -111,9 +112,11 @@ def test_totals_are_the_peaks_of_processes() -> None:
     report = []
     for (name, kind), peak in zip(cases, peaks, strict=True):
         wanted = plan(Subject(name, SMALL[name]), kind, LOADS[name], RATES)
-        report.append((name, kind, round(peak / 1e6, 1), round(wanted.total / 1e6, 1), round(wanted.total / peak, 3)))
+        # What the kernels keep may lie in the process already, left by what ran before: then it is not in the peak.
+        least, most = (wanted.total - KERNELS) / peak, wanted.total / peak
+        report.append((name, kind, round(peak / 1e6, 1), round(wanted.total / 1e6, 1), round(least, 3), round(most, 3)))
     print(*report, sep="\n")
-    assert all(0.9 <= ratio <= 1.1 for *_, ratio in report), report
+    assert all(least <= 1.1 and most >= 0.9 for *_, least, most in report), report
     # The parts matter: without its activations the plan would be off by more than that somewhere.
     spare = [activation_bytes(SMALL[n], k, LOADS[n]) / p for (n, k), p in zip(cases, peaks, strict=True)]
     assert max(spare) > 0.2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,8 +62,13 @@ def setup(device: str | None = None) -> World:
 
 
 def shutdown() -> None:
-    """Leave the group, if there is one."""
+    """Leave the group, if there is one; together, unless an error is on its way.
+
+    A process whose peers still wait for it in its last collective was seen to abort at exit.
+    """
     if dist.is_available() and dist.is_initialized():
+        if sys.exc_info()[0] is None:
+            dist.barrier()
         dist.destroy_process_group()
 
 

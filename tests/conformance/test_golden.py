@@ -1,9 +1,7 @@
 """Numbers of the published reference: golden cases through the tool, and that the tool can fail."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +15,9 @@ from torch import Tensor
 from accessory.backbone.llama import Llama
 from accessory.backbone.reference import from_reference, rename
 from accessory.peft.attach import BiasSpec, LoraSpec, PrefixSpec, attach
+from tests.golden import LLM as GOLDEN
+from tests.golden import needs_golden
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT.parent / "shared" / "golden" / "llm"
 TEXT_CASES = (
     "01_llama_ffnmult",
     "01_llama_gqa",
@@ -30,18 +28,6 @@ TEXT_CASES = (
     "03_llama_peft_full",
     "03_llama_peft_lora",
 )
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("conformance_tool", ROOT / "tools" / "conformance.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @needs_golden

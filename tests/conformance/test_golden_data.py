@@ -1,19 +1,16 @@
 """Numbers of the published reference on the data side: tokenizers, rows, templates, pictures, wrapper calls."""
 
-import importlib.util
-import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT.parent / "shared" / "golden" / "llm"
+from tests.golden import LLM as GOLDEN
+from tests.golden import bump, edit, needs_golden
+
 CASES = (
     "07_meta_text",
     "07_tokenizer_hf",
@@ -24,18 +21,6 @@ CASES = (
     "07d_image_transforms",
     "07d_pretrain_data",
 )
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("conformance_tool", ROOT / "tools" / "conformance.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @needs_golden
@@ -45,25 +30,6 @@ def test_cases_pass(tool: ModuleType, case: str, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert out.startswith(f"{case}: passed")
     assert out.endswith("1 passed, 0 failed, 0 unsupported\n")
-
-
-def edit(name: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        value = json.loads((folder / name).read_text())
-        change(value)
-        (folder / name).write_text(json.dumps(value))
-
-    return apply
-
-
-def bump(name: str) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        tensors = load_file(folder / "io.safetensors")
-        tensors[name] = tensors[name].clone()
-        tensors[name].view(-1)[-1] += 1e-2
-        save_file(tensors, folder / "io.safetensors")
-
-    return apply
 
 
 def swap(row: dict[str, Any], key: str) -> None:

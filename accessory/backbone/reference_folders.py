@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,21 @@ def overlay(base: Mapping[str, Tensor], top: Mapping[str, Tensor], difference: b
     return out
 
 
+def laid_over(folders: Sequence[Path], *, pickles: bool = False, whole: Collection[str] = ()) -> dict[str, Tensor]:
+    """The merged weights of the first folder with the others over it; see ``meta.merge_folder`` for ``whole``.
+
+    Raises:
+        ValueError: for a difference in the first place, and as :func:`overlay`.
+    """
+    state: dict[str, Tensor] = {}
+    for i, folder in enumerate(folders):
+        difference = shard_files(folder)[0].stem.endswith("-diff")
+        if difference and i == 0:
+            raise ValueError(f"{folder} holds a difference; the folder that it is added to comes first")
+        state = overlay(state, merge_folder(folder, pickles=pickles, whole=whole), difference)
+    return state
+
+
 def read_reference(folders: Sequence[Path], *, pickles: bool = False) -> Language:
     """Config, tuning and strictly checked weights (our names) of the first of ``folders`` with the others laid over it.
 
@@ -72,12 +87,7 @@ def read_reference(folders: Sequence[Path], *, pickles: bool = False) -> Languag
     kind, args = kinds[-1], store.read_json(configs[-1])
     if kind not in TYPES:
         raise ValueError(f"llama_type {kind!r} is no language model alone; those are {', '.join(TYPES)}")
-    state: dict[str, Tensor] = {}
-    for i, folder in enumerate(folders):
-        difference = shard_files(folder)[0].stem.endswith("-diff")
-        if difference and i == 0:
-            raise ValueError(f"{folder} holds a difference; the folder that it is added to comes first")
-        state = overlay(state, merge_folder(folder, pickles=pickles, whole=held_whole(kind, args)), difference)
+    state = laid_over(folders, pickles=pickles, whole=held_whole(kind, args))
     config, specs, tensors = from_reference(state, args, kind)
     check_keys(_shapes(config, specs), tensors, " + ".join(map(str, folders)))
     return config, specs, tensors

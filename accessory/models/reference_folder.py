@@ -14,8 +14,7 @@ from torch import Tensor
 from accessory.backbone import store
 from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer
 from accessory.backbone.keys import expected_shapes
-from accessory.backbone.meta import merge_folder, shard_files
-from accessory.backbone.reference_folders import CONFIG, META, llama_type, overlay
+from accessory.backbone.reference_folders import CONFIG, META, laid_over, llama_type
 from accessory.backbone.weights import save_accessory
 from accessory.data.tiling import TilingConfig
 from accessory.models.build import (
@@ -52,13 +51,7 @@ def read_pictured(folders: Sequence[Path], kind: str | None = None, *, pickles: 
     kind = kind or kinds[-1]
     if find_type(kind).tower is None:
         raise ValueError(f"{shown}: a {kind} only reads; it is converted as a language model")
-    state: dict[str, Tensor] = {}
-    for i, folder in enumerate(folders):
-        difference = shard_files(folder)[0].stem.endswith("-diff")
-        if difference and i == 0:
-            raise ValueError(f"{folder} holds a difference; the folder that it is added to comes first")
-        state = overlay(state, merge_folder(folder, pickles=pickles), difference)
-    published = read_published(state, store.read_json(configs[-1]), kind)
+    published = read_published(laid_over(folders, pickles=pickles), store.read_json(configs[-1]), kind)
     if not published.sees or not published.encoders:
         raise ValueError(f"{shown} holds no encoder or no projection of a {kind}: it is a language model alone")
     return published

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from accessory.data import emoji, scenes, small_talk, words
+from accessory.data import emoji, requests, scenes, small_talk, words
 from accessory.data.assets import asset_dir, default_cache
 from accessory.data.flags import countries, flag_pictures
 from accessory.schema import CAPTION, Picture, Sample, Turn
@@ -29,13 +29,6 @@ NAME_QUESTIONS = ("What is this?", "Name this picture.", "What does the picture 
 GROUP_QUESTIONS = ("What kind of thing is this?", "Which group does this belong to?")
 TAG_QUESTIONS = ("Give three keywords for this picture.", "Describe this picture with three keywords.")
 READ_QUESTIONS = ("What does it say?", "Read the word.", "What is written here?")
-DRAW_REQUESTS = (
-    "Draw {label} as a {style} emoji.",
-    "Show me {label}, as a {style} emoji.",
-    "A {style} picture of {label}, please.",
-    "I would like a {style} emoji of {label}.",
-)
-KEYWORD_REQUESTS = ("Draw something {style} for these words: {tags}.", "A {style} emoji that goes with {tags}, please.")
 FLAG_QUESTIONS = {
     "country": ("Which country has this flag?", "Whose flag is this?", "Name the country of this flag."),
     "capital": ("What is the capital of this country?", "Name the capital of the country with this flag."),
@@ -247,7 +240,9 @@ def _flags(request: _Request) -> tuple[int, Maker]:
     return len(known), make
 
 
-def _drawn(request: _Request, said: Callable[[emoji.Concept, str, np.random.Generator], str]) -> tuple[int, Maker]:
+def _drawn(
+    request: _Request, said: Callable[[emoji.Concept, str, np.random.Generator], requests.Said]
+) -> tuple[int, Maker]:
     """One request, answered by a plain picture. Test: the pairs that are held out, then as many of training's."""
     known = emoji.concepts(request.cache)
     all_pairs = [(s, k) for s in emoji.STYLES for k in range(len(known))]
@@ -261,7 +256,7 @@ def _drawn(request: _Request, said: Callable[[emoji.Concept, str, np.random.Gene
         style, row = pairs[item]
         picture = Image.fromarray(emoji.plain(drawn[style][row], request.size))
         asked = said(known[row], emoji.STYLE_WORDS[style], request.rng(index))
-        turns = (Turn("user", (asked,)), Turn("assistant", (Picture(picture),)))
+        turns = tuple(Turn(("user", "assistant")[k % 2], (text,)) for k, text in enumerate(asked))
         held = not request.training and item < len(hidden)
         meta: dict[str, Any] = {
             "task": request.name,
@@ -271,7 +266,9 @@ def _drawn(request: _Request, said: Callable[[emoji.Concept, str, np.random.Gene
             "held_out": held,
         }
         meta[CAPTION] = request.name == "emoji-captions"
-        return Sample(turns, f"builtin:{request.name}:{request.split}", index, meta)
+        return Sample(
+            (*turns, Turn("assistant", (Picture(picture),))), f"builtin:{request.name}:{request.split}", index, meta
+        )
 
     return len(pairs), make
 
@@ -279,24 +276,24 @@ def _drawn(request: _Request, said: Callable[[emoji.Concept, str, np.random.Gene
 def _captions(request: _Request) -> tuple[int, Maker]:
     """``STYLE emoji of LABEL``; in training some captions say the group, some two keywords, as well."""
 
-    def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> str:
+    def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> requests.Said:
         plain, kind = f"{style} emoji of {concept.label}", rng.random()
         if request.training and kind < 0.1:
-            return f"{plain}, {concept.group}"
-        return f"{plain}, {', '.join(concept.tags[:2])}" if request.training and kind < 0.25 and concept.tags else plain
+            return (f"{plain}, {concept.group}",)
+        tagged = request.training and kind < 0.25 and concept.tags
+        return (f"{plain}, {', '.join(concept.tags[:2])}" if tagged else plain,)
 
     return _drawn(request, said)
 
 
 def _requests(request: _Request) -> tuple[int, Maker]:
-    """The same asked for in a dialogue; in training now and then by keywords alone."""
+    """The same asked for in a dialogue, in training often by keywords alone."""
+    known = emoji.concepts(request.cache)
+    uses = requests.tag_counts(known)
+    held_back = {concept.hexcode: requests.withheld(concept, uses) for concept in known}
 
-    def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> str:
-        wordings: tuple[str, ...] = DRAW_REQUESTS
-        if request.training and len(concept.tags) > 1 and rng.random() < 0.15:
-            wordings = KEYWORD_REQUESTS
-        words = {"label": concept.label, "style": style, "tags": " and ".join(concept.tags[:2])}
-        return request.choose(wordings, rng).format(**words)
+    def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> requests.Said:
+        return requests.said(concept, style, held_back[concept.hexcode], rng, training=request.training)
 
     return _drawn(request, said)
 

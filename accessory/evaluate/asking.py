@@ -6,16 +6,14 @@ Three drawing styles times the emoji concepts; the pairs of the test split are t
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from accessory.data import emoji
 from accessory.data.builtin import build
+from accessory.data.requests import tag_counts, withheld
 from accessory.schema import Prompt, Turn
 
 Kind = Literal["caption", "request", "indirect", "riddle"]
@@ -59,7 +57,6 @@ RIDDLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("the coloured arch in the sky after a shower", ("rainbow",)),
 )
 """Things to guess, and the concepts that are right answers."""
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Query:
 
 def queries(kind: Kind, *, cache: Path | None = None, limit: int | None = None) -> tuple[list[Query], int]:
     """All queries of a kind (or ``limit``, spread evenly), and how many pairs were skipped: those of concepts without
-    :func:`keywords`.
+    :func:`accessory.data.requests.withheld` keywords.
 
     Raises:
         ValueError: for an unknown kind and a limit below 2; AssetError when an asset is missing.
@@ -102,42 +99,21 @@ def queries(kind: Kind, *, cache: Path | None = None, limit: int | None = None) 
 
 def _pairs(kind: Kind, known: Sequence[emoji.Concept], cache: Path | None) -> list[Query | None]:
     rows = build("emoji-requests" if kind == "request" else "emoji-captions", "test", cache=cache)
-    uses = Counter(tag for concept in known for tag in concept.tags)
+    uses = tag_counts(known)
     found: list[Query | None] = []
     for number in range(len(rows)):
         sample = rows[number]
         meta: dict[str, Any] = dict(sample.meta)
         row, style = meta["concept"], meta["style"]
-        prompt: Prompt | None = sample.turns[0].text if kind == "caption" else sample.turns[:1]
+        prompt: Prompt | None = sample.turns[0].text if kind == "caption" else sample.turns[:-1]
         fits = None
         if kind == "indirect":
-            tags = keywords(known[row], uses)
+            tags = withheld(known[row], uses)
             prompt = indirect(number, tags, style) if tags else None
             fits = sum(set(tags) <= set(concept.tags) for concept in known)
         query = None if prompt is None else Query(kind, number, prompt, style, (row,), meta["held_out"], fits)
         found.append(query)
     return found
-
-
-def keywords(concept: emoji.Concept, uses: Mapping[str, int]) -> tuple[str, ...]:
-    """The two telling keywords that the fewest concepts have, but never the very pair that training asks with (the
-    first two, see :mod:`accessory.data.builtin`); none where there is no such pair."""
-    tags = sorted(telling(concept), key=lambda tag: (uses[tag], tag))
-    return next((pair for pair in combinations(tags, 2) if set(pair) != set(concept.tags[:2])), ())
-
-
-def telling(concept: emoji.Concept) -> list[str]:
-    """Keywords that do not give the label away: no word of theirs equals one of the label's, holds one or lies in one
-    (of three letters or more), or begins with the same four letters."""
-    label = _WORD.findall(concept.label.lower())
-    return [tag for tag in concept.tags if not any(_akin(a, b) for a in _WORD.findall(tag.lower()) for b in label)]
-
-
-def _akin(a: str, b: str) -> bool:
-    if a == b:
-        return True
-    short, long = sorted((a, b), key=len)
-    return len(short) >= 3 and (short in long or (len(short) >= 4 and short[:4] == long[:4]))
 
 
 def indirect(number: int, tags: Sequence[str], style: str) -> tuple[Turn, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from accessory.data import builtin, emoji
+from accessory.data import builtin, emoji, requests
 from accessory.data.targets import TargetEncoder
 from accessory.schema import CAPTION
 
@@ -43,6 +44,29 @@ def test_a_caption_asks_for_one_plain_picture() -> None:
 
 def test_requests_are_dialogues() -> None:
     made = builtin.build("emoji-requests", "train", size=64)
-    sample = made[3]
-    assert not sample.meta[CAPTION]
-    assert TargetEncoder(64).encode(sample).targets[0].prompt == sample.turns[:1]
+    kinds = set()
+    for index in range(300):
+        sample = made[index]
+        assert not sample.meta[CAPTION]
+        *said, drawn = sample.turns
+        assert [turn.role for turn in said] == ["user", "assistant", "user"][: len(said)]
+        assert drawn.role == "assistant"
+        assert drawn.pictures
+        kinds.add((len(said), sample.meta["answer"] in " ".join(turn.text for turn in said)))
+    assert kinds == {(turns, named) for turns in (1, 3) for named in (True, False)}
+    assert TargetEncoder(64).encode(made[3]).targets[0].prompt == made[3].turns[:-1]
+    test = builtin.build("emoji-requests", "test", size=64)
+    assert all(len(test[i].turns) == 2 and test[i].meta["answer"] in test[i].turns[0].text for i in range(20))
+
+
+def test_keywords_that_are_held_back_never_come_together() -> None:
+    tags = ("quux", "blip", "frob", "zonk")
+    concept, rng = emoji.Concept("1", "thing", tags, "", ""), np.random.default_rng(0)
+    held_back = requests.withheld(concept, {"quux": 3, "blip": 4, "frob": 1, "zonk": 2})
+    assert held_back == ("frob", "zonk")
+    together = set()
+    for _ in range(400):
+        said = " ".join(requests.said(concept, "flat", held_back, rng, training=True))
+        together.add(tuple(tag for tag in tags if tag in said))
+    assert not any(set(held_back) <= set(found) for found in together)
+    assert {("quux", "blip"), ("blip", "frob"), ("zonk",), ()} <= together

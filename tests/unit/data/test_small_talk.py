@@ -21,10 +21,9 @@ def test_the_last_answer_is_never_a_picture_unless_it_was_asked_for() -> None:
     drawn = 0
     for i in range(200):
         turns = rows[i].turns
-        assert len(turns) in (2, 4)
         assert [t.role for t in turns] == ["user", "assistant"] * (len(turns) // 2)
         pictures = [bool(t.pictures) for t in turns]
-        assert sum(pictures) == len(turns) // 2 - 1
+        assert (sum(pictures) == 1) == (len(turns) > 2)  # what is drawn was asked for in two more turns or four
         assert not any(p for t, p in zip(turns, pictures, strict=True) if t.role == "user")
         drawn += sum(pictures)
     assert 50 < drawn < 110

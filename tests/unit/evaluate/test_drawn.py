@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from accessory.data import builtin, emoji
+from accessory.data import builtin, emoji, requests
+from accessory.data.requests import telling, withheld
 from accessory.evaluate import asking, sheet, tally
-from accessory.evaluate.asking import INDIRECT, KINDS, Query, partners, queries, telling
+from accessory.evaluate.asking import INDIRECT, KINDS, Query, partners, queries
 from accessory.evaluate.drawn import Scorer, noise_seed, sheet_rows
 from accessory.evaluate.gallery import Gallery
 from tests.unit.evaluate.drawings import COUNT, Colours, noise, real, scorer, world
@@ -75,14 +76,14 @@ def test_keywords_that_give_the_name_away_are_left_out() -> None:
 def test_the_rarest_keywords_are_taken_but_not_those_of_training() -> None:
     uses = {"animal": 9, "pet": 3, "puppy": 1, "woof": 2}
     made = [emoji.Concept("1", "dog", tags, "", "") for tags in (("animal", "pet", "puppy", "woof"), ("puppy", "woof"))]
-    assert asking.keywords(made[0], uses) == ("puppy", "woof")
-    assert asking.keywords(emoji.Concept("1", "dog", ("puppy", "woof", "pet"), "", ""), uses) == ("puppy", "pet")
-    assert asking.keywords(made[1], uses) == ()
-    assert asking.keywords(emoji.Concept("1", "dog", ("dog", "animal"), "", ""), uses) == ()
+    assert withheld(made[0], uses) == ("puppy", "woof")
+    assert withheld(emoji.Concept("1", "dog", ("puppy", "woof", "pet"), "", ""), uses) == ("puppy", "pet")
+    assert withheld(made[1], uses) == ()
+    assert withheld(emoji.Concept("1", "dog", ("dog", "animal"), "", ""), uses) == ()
 
 
 def test_wordings_are_not_those_of_training() -> None:
-    trained = [*builtin.DRAW_REQUESTS, *builtin.KEYWORD_REQUESTS]
+    trained = [text for said in (*requests.BY_NAME, *requests.BY_KEYWORDS) for text in said[::2]]
     shape = [re.sub(r"\{\w+\}", "_", text.lower()) for text in trained]
     own = [text for said in INDIRECT for text in said] + [asking.RIDDLE]
     assert len(INDIRECT) >= 6

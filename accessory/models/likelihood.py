@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,17 @@ class Likelihood:
     def nll(self) -> float:
         """Mean negative log-likelihood a token, nats."""
         return -self.total / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nll)``."""
+        return math.exp(self.nll)
+
+
+def scored(scores: Tensor, wanted: Tensor) -> Likelihood:
+    """Of the tokens ``wanted`` (n), which were to be chosen from ``scores`` (n, V). Id 0 is a token like any other."""
+    chosen = scores.log_softmax(-1).gather(1, wanted[:, None]).double().sum()
+    return Likelihood(float(chosen), len(wanted), bool((scores.argmax(-1) == wanted).all()))
 
 
 def answered(model: Model, turns: Sequence[Turn], answer: str) -> Encoded:
@@ -75,10 +87,7 @@ def likelihoods(model: Model, rows: Sequence[Encoded], *, batch_size: int = 16) 
             if len(where) == 0 or int(where[0]) == 0:
                 raise ValueError("a row to be scored must label a position, and none before its second")
             wanted = row.labels.to(state.device)[where]
-            scores = model.net.logits(state[where - 1]).float().log_softmax(-1)
-            chosen = scores.gather(1, wanted[:, None]).double().sum()
-            greedy = bool((scores.argmax(-1) == wanted).all())
-            found.append(Likelihood(float(chosen), len(wanted), greedy))
+            found.append(scored(model.net.logits(state[where - 1]).float(), wanted))
     return found
 
 

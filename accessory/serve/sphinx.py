@@ -1,7 +1,8 @@
 """What scripts written for LLaMA2-Accessory call: ``MetaModel`` and ``SPHINXModel``, with its names and arguments.
 
-Where the published code is wrong this is not: a prompt that is too long keeps its beginning-of-text mark, ``ppl`` is a
-perplexity, seeds are local to a call, and pictures may be given as pictures.
+Where the published code is wrong this is not: a prompt that is too long keeps its beginning-of-text mark, no answer is
+longer than asked for, id 0 counts in likelihoods, ``ppl`` is a perplexity, seeds are local to a call, no part of a stop
+string is ever shown, and pictures may be given as pictures.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from accessory.data.image import open_picture
 from accessory.data.template import BOS, Template
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.build import Model
-from accessory.models.likelihood import Likelihood, hidden, likelihoods
+from accessory.models.likelihood import hidden, scored
 from accessory.schema import Encoded, Picture, Turn
 from accessory.serve import chat
 from accessory.serve.answer import Answer, Prompt, content_keys
@@ -70,7 +71,9 @@ class MetaModel:
 
         Row t scores what follows token t. Beside a picture row 0 scores what follows the picture.
         """
-        rows = [self._row(e, p, bos, eos) for e, p in zip(examples, self._pictures(images, len(examples)), strict=True)]
+        return self._logits(self._rows(examples, images, bos, eos))
+
+    def _logits(self, rows: Sequence[Encoded]) -> list[Tensor]:
         if not rows:
             return []
         states = hidden(self._raw, rows)
@@ -83,6 +86,7 @@ class MetaModel:
             found.append(self.model.net.logits(state[texts.to(state.device)]).float())
         return found
 
+    @torch.inference_mode()
     def evaluate_examples(
         self,
         examples: Sequence[Example],
@@ -98,36 +102,31 @@ class MetaModel:
         ``non_context_logits`` (n, V): the scores that predict the n tokens behind the context.
 
         Raises:
-            ValueError: for a context that is not the beginning of its example, or is all of it.
+            ValueError: for a context that is not the beginning of its example, or is all of it. Without contexts the
+                first token is.
         """
         if contexts is not None and len(contexts) != len(examples):
             raise ValueError(f"{len(contexts)} contexts for {len(examples)} examples")
-        pictures = self._pictures(images, len(examples))
-        rows, starts = [], []
-        for i, (example, picture) in enumerate(zip(examples, pictures, strict=True)):
-            row = self._row(example, picture, bos, eos)
-            texts = (row.ids >= 0).nonzero().flatten()
-            start = 1 if contexts is None else self._prefix(row.ids[texts], contexts[i], bos, i)
-            row.labels[texts[start:]] = row.ids[texts[start:]]
-            rows.append(row)
-            starts.append(start)
-        scored: list[Likelihood] = likelihoods(self._raw, rows)
-        logits = self.compute_logits(examples, images, bos, eos)
-        nll = [s.nll for s in scored]
+        rows = self._rows(examples, images, bos, eos)
+        texts = [row.ids[row.ids >= 0] for row in rows]
+        heads = [t[:1].tolist() for t in texts] if contexts is None else [self._ids(c, bos, False) for c in contexts]
+        starts = [self._prefix(ids, head, i) for i, (ids, head) in enumerate(zip(texts, heads, strict=True))]
+        logits = [v[start - 1 : -1] for v, start in zip(self._logits(rows), starts, strict=True)]
+        found = [scored(v, ids[start:].to(v.device)) for v, ids, start in zip(logits, texts, starts, strict=True)]
         return {
-            "log_likelihood": [s.total for s in scored],
-            "nll": nll,
-            "ppl": [float(torch.tensor(v, dtype=torch.float64).exp()) for v in nll],
-            "max_equal": [s.greedy for s in scored],
-            "non_context_logits": [v[start - 1 : -1] for v, start in zip(logits, starts, strict=True)],
+            "log_likelihood": [s.total for s in found],
+            "nll": [s.nll for s in found],
+            "ppl": [s.perplexity for s in found],
+            "max_equal": [s.greedy for s in found],
+            "non_context_logits": logits,
         }
 
-    def _prefix(self, ids: Tensor, context: Example, bos: bool, i: int) -> int:
-        head = torch.tensor(self._ids(context, bos, False), dtype=torch.long)
-        if len(head) == 0 or len(head) >= len(ids) or not torch.equal(ids[: len(head)], head):
+    @staticmethod
+    def _prefix(ids: Tensor, head: list[int], i: int) -> int:
+        if not head or len(head) >= len(ids) or ids[: len(head)].tolist() != head:
             raise ValueError(
-                f"contexts[{i}] has {len(head)} tokens that are not the beginning of the {len(ids)} of its example: a "
-                "text may be cut into other tokens where it goes on, so give ids where that happens"
+                f"contexts[{i}] has {len(head)} tokens that are not the beginning of the {len(ids)} of its example, or all "
+                "of them; a text may be cut into other tokens where it goes on, so give ids where that happens"
             )
         return len(head)
 
@@ -136,7 +135,7 @@ class MetaModel:
     @torch.inference_mode()
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Example],
         images: Images = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
@@ -144,24 +143,31 @@ class MetaModel:
         additional_stop_symbols: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:
-        """What follows every prompt, until the end of text, a stop symbol or ``max_gen_len`` tokens."""
-        sampling = self._sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
-        rows = [
-            self._fit(p, i, max_gen_len) for p, i in zip(prompts, self._pictures(images, len(prompts)), strict=True)
-        ]
+        """What follows every prompt, until the end of text, a stop symbol or ``max_gen_len`` tokens.
+
+        A blank before a stop symbol goes with it. A prompt that is too long loses its beginning, but for the mark;
+        where ``max_gen_len`` leaves it no room at all it stays whole, and the answer is shorter.
+
+        Raises:
+            ValueError: for a prompt that leaves no room for an answer.
+        """
         net = self.model.net
         device = next(net.parameters()).device
-        x = [net.embed(r.ids[None].to(device), r.tiles.to(device) if len(r.tiles) else None)[0] for r in rows]
+        x, samplings = [], []
+        for prompt, picture in zip(prompts, self._pictures(images, len(prompts)), strict=True):
+            row, most = self._fit(prompt, picture, max_gen_len)
+            x.append(net.embed(row.ids[None].to(device), row.tiles.to(device) if len(row.tiles) else None)[0])
+            samplings.append(self._sampling(most, temperature, top_p, additional_stop_symbols, seed))
         texts = []
-        for ids in generate(net.backbone, x, sampling=sampling):
-            text = self.tokenizer.decode([t for t in ids if t not in sampling.stop_ids], glued=True)
+        for ids, sampling in zip(generate(net.backbone, x, sampling=samplings), samplings, strict=True):
+            text = self.tokenizer.decode(t for t in ids if t not in sampling.stop_ids)
             matcher = StopMatcher(sampling.stop)
             texts.append(matcher.push(text)[0] + matcher.flush())
         return texts
 
     def stream_generate(
         self,
-        prompt: str,
+        prompt: Example,
         images: Images = None,
         max_gen_len: int = 512,
         temperature: float = 0.0,
@@ -169,12 +175,13 @@ class MetaModel:
         additional_stop_symbols: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """``{"text": all that was said so far, "end_of_content": whether it is all}``, a token at a time."""
-        sampling = self._sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
-        row = self._fit(prompt, self._pictures(images, 1)[0], max_gen_len)
+        """``{"text": all that was said so far, "end_of_content": whether it is all}``, a token at a time; at last what
+        :meth:`generate` says."""
+        row, most = self._fit(prompt, self._pictures(images, 1)[0], max_gen_len)
+        sampling = self._sampling(most, temperature, top_p, additional_stop_symbols, seed)
         per_tile = self.model.encoder.tokens_per_tile
         asked = Prompt(row.ids, row.tiles, content_keys(row.ids, row.tiles, per_tile), per_tile)
-        cache = self.model.net.backbone.cache(1, len(row.ids) + max_gen_len + 1)
+        cache = self.model.net.backbone.cache(1, len(row.ids) + most + 1)
         answer = Answer(self._raw, cache, asked, sampling, 0)
         while not answer.finished:
             answer.step()
@@ -189,11 +196,15 @@ class MetaModel:
             temperature=temperature,
             top_p=top_p if temperature > 0 else None,
             stop_ids=() if end is None else (end,),
-            stop=tuple(stops),
+            stop=tuple(form for s in stops for form in (f" {s}", s)),
             seed=seed,
         )
 
     # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _rows(self, examples: Sequence[Example], images: Images, bos: bool, eos: bool) -> list[Encoded]:
+        pictures = self._pictures(images, len(examples))
+        return [self._row(e, p, bos, eos) for e, p in zip(examples, pictures, strict=True)]
 
     def _ids(self, example: Example, bos: bool, eos: bool) -> list[int]:
         if not isinstance(example, str):
@@ -213,18 +224,19 @@ class MetaModel:
             raise ValueError(f"an example takes {len(ids)} positions, the limit is {self.model.config.max_length}")
         return Encoded(ids, torch.full_like(ids, IGNORE), seen.tiles)
 
-    def _fit(self, prompt: str, picture: Picture | Tensor | None, new: int) -> Encoded:
-        """The row of a prompt whose beginning is cut off where it leaves no room for ``new`` tokens."""
+    def _fit(self, prompt: Example, picture: Picture | Tensor | None, new: int) -> tuple[Encoded, int]:
+        """The row of a prompt, cut as :meth:`generate` says, and how many of the ``new`` tokens have room behind it."""
         ids, seen = self._ids(prompt, True, False), len(self._seen(picture).ids)
-        room = self.model.config.max_length - seen - new
+        room = self.model.config.max_length - seen
         begun = int(bool(ids) and ids[0] == self.tokenizer.bos_id)
-        if room <= begun:
+        if begun < room - new < len(ids):
+            ids = ids[:begun] + ids[len(ids) - (room - new) + begun :]
+        if len(ids) >= room:
             raise ValueError(
-                f"max_gen_len {new} and {seen} positions of pictures leave no room for a prompt: this model reads "
-                f"{self.model.config.max_length}"
+                f"a prompt of {len(ids)} tokens, max_gen_len {new} and {seen} positions of pictures leave no room for "
+                f"an answer: this model reads {self.model.config.max_length}"
             )
-        kept = ids if len(ids) <= room else ids[:begun] + ids[len(ids) - room + begun :]
-        return self._row(kept, picture, True, False)
+        return self._row(ids, picture, True, False), min(new, room - len(ids))
 
     def _seen(self, picture: Picture | Tensor | None) -> Encoded:
         """Placeholders and tiles of a picture alone."""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import accessory.evaluate
 from accessory import config as configuration
 from accessory.backbone import store
-from accessory.backbone.generate import Sampling
 from accessory.backbone.hf import write_hf
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.reference_folders import build_language, read_reference
@@ -34,7 +33,6 @@ from accessory.data.rows import RowRejected
 from accessory.data.sources import FileConfig, open_source
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import load
-from accessory.evaluate.likelihood import evaluate_examples
 from accessory.models.build import ProjectorConfig
 from accessory.nn.moe import MoEConfig, MoEFeedForward, routings
 from accessory.nn.rope import RopeScaling
@@ -42,7 +40,7 @@ from accessory.parallel import groups
 from accessory.parallel.axes import merge_shards, split_shards
 from accessory.peft.attach import LoraSpec, PrefixSpec, TrainSpec, attach
 from accessory.schema import Picture, Sample, Turn
-from accessory.serve.completion import complete, fit
+from accessory.serve.sphinx import MetaModel
 from accessory.tokens import IGNORE
 from accessory.train.config import TrainConfig
 from accessory.train.loop import TrainingDiverged, train
@@ -131,29 +129,24 @@ def test_bug_05_as_many_positions_are_declared_as_are_taken(ends: bool, tmp_path
 
 
 @pytest.mark.parametrize(("length", "kept"), [(40, 40), (48, 48), (61, 48), (71, 48)])
-def test_bug_06_a_long_prompt_keeps_its_end_and_gets_its_answer(length: int, kept: int) -> None:
-    ids = list(range(1, length + 1))
-    assert fit(ids, 16, 64) == (ids[-kept:], 16)
-
-
-def test_bug_06_a_long_prompt_is_answered(tmp_path: Path) -> None:
-    words = load(tiny_tokenizer(tmp_path))
-    net = model(LlamaConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=words.vocab_size, max_length=64))
-    short = "The word is moon. "
-    ids = words.encode(short * 20, bos=True)
-    assert len(ids) > 71
-    assert complete(net, words, [short * 20], Sampling(16)) != [""]
-    with pytest.raises(ValueError, match="no place for an answer"):
-        complete(net, words, [short * 20], Sampling(64))
+def test_bug_06_a_long_prompt_keeps_its_end_and_gets_its_answer(length: int, kept: int, tmp_path: Path) -> None:
+    meta = MetaModel(tiny_model(tmp_path, max_length=64))
+    ids = list(range(10, 10 + length))
+    row, most = meta._fit(ids, None, 16)
+    assert (row.ids.tolist(), most) == (ids[-kept:], 16)
+    cut, whole = meta.generate([ids[-kept:], ids], max_gen_len=16)
+    assert cut == whole != ""
+    with pytest.raises(ValueError, match="leave no room for an answer"):
+        meta.generate([ids * 2], max_gen_len=64)
 
 
 def test_bug_07_perplexity_is_the_exponential_of_the_mean(tmp_path: Path) -> None:
-    words = load(tiny_tokenizer(tmp_path))
-    net = model(LlamaConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=32, vocab_size=words.vocab_size))
-    (found,) = evaluate_examples(net, words, ["The word is moon."], ["The word"])
-    assert found.nll == pytest.approx(-found.log_likelihood / len(found.logits))
-    assert found.perplexity == pytest.approx(math.exp(found.nll))
-    assert found.perplexity != pytest.approx(found.nll)
+    meta = MetaModel(tiny_model(tmp_path))
+    found = meta.evaluate_examples(["The word is moon."], ["The word"])
+    (nll,), (logits,) = found["nll"], found["non_context_logits"]
+    assert nll == pytest.approx(-found["log_likelihood"][0] / len(logits))
+    assert found["ppl"] == pytest.approx([math.exp(nll)])
+    assert found["ppl"] != pytest.approx([nll])
 
 
 def test_bug_08_an_unknown_template_is_an_error() -> None:

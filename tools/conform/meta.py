@@ -8,14 +8,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accessory.backbone.generate import Sampling, keep_top_p
-from accessory.backbone.llama import Llama
+from accessory.backbone.generate import keep_top_p
 from accessory.backbone.reference import rename
+from accessory.data import template
+from accessory.data.encode import Encoder
+from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer, load
-from accessory.evaluate.likelihood import compute_logits, evaluate_examples
+from accessory.models.build import Model, ModelConfig
 from accessory.models.mllm import MLLM
 from accessory.schema import Batch
-from accessory.serve.completion import complete, continued
+from accessory.serve.sphinx import MetaModel
 from accessory.tokens import IGNORE
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
 from tools.conform.comparison import Comparison, Handler, UnsupportedError
@@ -27,7 +29,7 @@ NAMED = "the mean is called nll and perplexity is its exponential (the reference
 PREFIX = "an example that does not begin with its context is a ValueError (the reference asserts)"
 EMPTY = "a batch with nothing to learn has the loss 0 and the count 0 (the reference's is not a number)"
 LENGTH = "no answer is longer than asked for (in the reference's batches shorter prompts get more)"
-LONG = "a prompt that is too long loses its left end (the reference loses the answer, and shows ids 0)"
+LONG = "a prompt that is too long keeps its first mark (the reference does not, and a batch loses its answer)"
 HELD = "a stop string is never shown in part, and cuts a stream where it cuts an answer"
 CALL = {"max_gen_len", "additional_stop_symbols"}
 
@@ -40,20 +42,25 @@ def meta_text(folder: Path, config: dict[str, Any], c: Comparison) -> None:
     io, said = load_file(folder / "io.safetensors"), json.loads((folder / "behaviour.json").read_text())
     net, tokenizer = wrapped(folder, config), load(folder / "tokenizer.model")
     losses(net, tokenizer, io, said, c)
-    model = net.backbone
+    meta = wrapper(net, tokenizer, config["max_seq_len"])
     for case in said["compute_logits"]:
-        scores(model, tokenizer, case, io, c)
+        scores(meta, case, io, c)
     for case in said["evaluate_examples"]:
-        likelihoods(model, tokenizer, case, io, c)
-    room = config["max_seq_len"]
-    known = {}
+        likelihoods(meta, case, io, c)
+    known: dict[str, str] = {}
     for case in said["generate"]:
-        answers(model, tokenizer, case, room, known, c)
+        answers(meta, case, known, c)
     for case in said["stream_generate"]:
-        streams(model, tokenizer, case, room, known, c)
+        streams(meta, case, known, c)
     nucleus(io, c)
     if io:
         c.problems.append(f"nothing computes {', '.join(sorted(io))}")
+
+
+def wrapper(net: MLLM, words: Tokenizer, room: int) -> MetaModel:
+    """What users call, around the model of a case; ``room``: positions that it may take."""
+    encoder = Encoder(words, template.get("plain"), TilingConfig(1), 1, room)
+    return MetaModel(Model(net, words, encoder, ModelConfig(tower=None, projector=None, max_length=room)))
 
 
 def losses(net: MLLM, tokenizer: Tokenizer, io: dict[str, Tensor], said: dict[str, Any], c: Comparison) -> None:
@@ -87,101 +94,97 @@ def losses(net: MLLM, tokenizer: Tokenizer, io: dict[str, Tensor], said: dict[st
     c.deviates("c_loss of the first position", (float(total), int(count)), (0.0, 0), EMPTY)
 
 
-def scores(model: Llama, tokenizer: Tokenizer, case: dict[str, Any], io: dict[str, Tensor], c: Comparison) -> None:
+def scores(meta: MetaModel, case: dict[str, Any], io: dict[str, Tensor], c: Comparison) -> None:
     """Scores of every position."""
     ends = {k: case[k] for k in ("bos", "eos") if k in case}
     for i, text in enumerate(case["examples"]):
         if "tokens" in case:
-            c.equal("tokens", tokenizer.encode(text, **ends), case["tokens"][i])
+            c.equal("tokens", meta.tokenizer.encode(text, **ends), case["tokens"][i])
     stem = case["outputs"].removesuffix("<i>")
-    for i, ours in enumerate(compute_logits(model, tokenizer, case["examples"], **ends)):
+    for i, ours in enumerate(meta.compute_logits(case["examples"], **ends)):
         c.tensor("compute_logits", ours, io.pop(f"{stem}{i}"))
 
 
-def likelihoods(model: Llama, tokenizer: Tokenizer, case: dict[str, Any], io: dict[str, Tensor], c: Comparison) -> None:
+def likelihoods(meta: MetaModel, case: dict[str, Any], io: dict[str, Tensor], c: Comparison) -> None:
     """Likelihoods after a context."""
     if "error" in case:
         try:
-            evaluate_examples(model, tokenizer, **case["kwargs"])
+            meta.evaluate_examples(**case["kwargs"])
             told = "nothing"
         except ValueError:
             told = "ValueError"
         c.deviates("wrong context", told, "ValueError", PREFIX)
         return
-    found = evaluate_examples(model, tokenizer, **case["kwargs"])
+    found = meta.evaluate_examples(**case["kwargs"])
     theirs = case["result"]
-    for i, ours in enumerate(found):
+    for i, ours in enumerate(found["non_context_logits"]):
         expected = io.pop(f"out.evaluate.{case['tag']}.non_context_logits{i}")
-        c.tensor("non_context_logits", ours.logits, expected)
+        c.tensor("non_context_logits", ours, expected)
         example = case["kwargs"]["examples"][i]
         zero = not isinstance(example, str) and 0 in example[-len(expected) :]
         total = theirs["log_likelihood"][i]
         if zero:  # recomputed from the reference's own scores
             target = torch.tensor(example[-len(expected) :])
             total = float(expected.log_softmax(-1).gather(1, target[:, None]).sum())
-        c.tensor("log_likelihood", torch.tensor(ours.log_likelihood), torch.tensor(total))
-        mean = -total / len(expected) if zero else theirs["ppl"][i]
-        c.tensor("nll", torch.tensor(ours.nll), torch.tensor(mean))
-        c.deviates("perplexity", abs(ours.perplexity / exponential(ours.nll) - 1) < 1e-12, True, NAMED)
+        mine, nll = found["log_likelihood"][i], found["nll"][i]
+        c.tensor("log_likelihood", torch.tensor(mine), torch.tensor(total))
+        c.tensor("nll", torch.tensor(nll), torch.tensor(-total / len(expected) if zero else theirs["ppl"][i]))
+        exponential = float(torch.tensor(nll, dtype=torch.float64).exp())
+        c.deviates("perplexity", abs(found["ppl"][i] / exponential - 1) < 1e-12, True, NAMED)
         if zero:
-            c.deviates("token 0", abs(ours.log_likelihood - theirs["log_likelihood"][i]) > 1e-3, True, ZERO)
+            c.deviates("token 0", abs(mine - theirs["log_likelihood"][i]) > 1e-3, True, ZERO)
         else:
-            c.equal("max_equal", ours.greedy, theirs["max_equal"][i])
+            c.equal("max_equal", found["max_equal"][i], theirs["max_equal"][i])
 
 
-def exponential(x: float) -> float:
-    """The exponential, by torch."""
-    return float(torch.tensor(x, dtype=torch.float64).exp())
-
-
-def answers(
-    model: Llama, tokenizer: Tokenizer, case: dict[str, Any], room: int, known: dict[str, str], c: Comparison
-) -> None:
+def answers(meta: MetaModel, case: dict[str, Any], known: dict[str, str], c: Comparison) -> None:
     """Greedy answers to a batch of prompts."""
-    length, stop = case["kwargs"]["max_gen_len"], tuple(case["kwargs"].get("additional_stop_symbols", ()))
-    if set(case["kwargs"]) - CALL:
-        raise UnsupportedError(f"generate() with {sorted(set(case['kwargs']) - CALL)}")
-    ours = complete(model, tokenizer, case["prompts"], Sampling(length, stop=stop), room=room)
+    words, kwargs, room = meta.tokenizer, case["kwargs"], meta.model.config.max_length
+    if set(kwargs) - CALL:
+        raise UnsupportedError(f"generate() with {sorted(set(kwargs) - CALL)}")
+    length = kwargs["max_gen_len"]
+    ours = meta.generate(case["prompts"], **kwargs)
     for i, prompt in enumerate(case["prompts"]):
-        c.equal("prompt tokens", tokenizer.encode(prompt, bos=True), case["prompt_tokens"][i])
+        c.equal("prompt tokens", words.encode(prompt, bos=True), case["prompt_tokens"][i])
         ids, theirs = case["response_token_ids"][i], case["responses"][i]
         n = len(case["prompt_tokens"][i])
         if n + length > room:
-            told = fitted(model, tokenizer, prompt, length, room)
-            c.deviates("answer to a long prompt", ours[i], told, LONG)
+            c.deviates("answer to a long prompt", ours[i], fitted(meta, prompt, length), LONG)
         elif len(ids) > length:
-            c.deviates("answer of a short prompt", ours[i], tokenizer.decode(ids[:length]), LENGTH)
+            c.deviates("answer of a short prompt", ours[i], words.decode(ids[:length]), LENGTH)
         else:
             c.equal("answer", ours[i], theirs)
-            known[f"{prompt} {length} {stop}"] = theirs
+            known[f"{prompt} {kwargs}"] = theirs
 
 
 @torch.no_grad()
-def fitted(model: Llama, tokenizer: Tokenizer, prompt: str, length: int, room: int) -> str:
+def fitted(meta: MetaModel, prompt: str, length: int) -> str:
     """The greedy answer to what is left of a prompt, one full forward a token: no cache, no sampler."""
-    ids = tokenizer.encode(prompt, bos=True)
-    ids = ids[-(room - length) :] if room > length else ids
+    words, net, room = meta.tokenizer, meta.model.net, meta.model.config.max_length
+    ids = words.encode(prompt, bos=True)
+    if 1 < room - length < len(ids):
+        ids = [ids[0], *ids[-(room - length - 1) :]]
     start = len(ids)
     while len(ids) < min(room, start + length):
-        x = torch.tensor([ids])
-        token = int(model.logits(model(model.embed(x)))[0, -1].argmax())
-        if token == tokenizer.eos_id:
+        token = int(net.logits(net(torch.tensor([ids])))[0, -1].argmax())
+        if token == words.eos_id:
             break
         ids.append(token)
-    return tokenizer.decode(ids[start:])
+    return words.decode(ids[start:])
 
 
-def streams(
-    model: Llama, tokenizer: Tokenizer, case: dict[str, Any], room: int, known: dict[str, str], c: Comparison
-) -> None:
+def streams(meta: MetaModel, case: dict[str, Any], known: dict[str, str], c: Comparison) -> None:
     """The answer so far, token by token."""
-    length, stop = case["kwargs"]["max_gen_len"], tuple(case["kwargs"].get("additional_stop_symbols", ()))
-    made = list(continued(model, tokenizer, case["prompt"], Sampling(length, stop=stop), room=room))
-    theirs = [(y["text"], y["end_of_content"]) for y in case["yields"]]
-    if not stop:
+    prompt, kwargs, theirs = case["prompt"], case["kwargs"], [tuple(y.values()) for y in case["yields"]]
+    tokens, room = meta.tokenizer.encode(prompt, bos=True), meta.model.config.max_length - kwargs["max_gen_len"]
+    made = [tuple(e.values()) for e in meta.stream_generate(prompt, **kwargs)]
+    if len(tokens) > room:
+        c.deviates("stream of a long prompt", made[-1][0], fitted(meta, prompt, kwargs["max_gen_len"]), LONG)
+        made = [tuple(e.values()) for e in meta.stream_generate(tokens[-room:], **kwargs)]  # without the first mark
+    if "additional_stop_symbols" not in kwargs:
         c.equal("stream", made, theirs)
         return
-    final = known.get(f"{case['prompt']} {length} {stop}", theirs[-1][0])
+    final = known.get(f"{prompt} {kwargs}", theirs[-1][0])
     whole = all(final.startswith(text) for text, _ in made)
     c.deviates("stream with a stop", (made[-1], whole), ((final, True), True), HELD)
 

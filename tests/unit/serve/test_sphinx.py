@@ -93,6 +93,12 @@ def test_examples_are_scored_behind_their_contexts(meta: SPHINXModel, made: Mode
     assert len(free["non_context_logits"][0]) == len(ids) - 1
 
 
+def test_an_example_of_one_token_has_nothing_to_score(meta: SPHINXModel) -> None:
+    with pytest.raises(ValueError, match="beginning of the 1 of its example"):
+        meta.evaluate_examples([[7]])
+    assert len(meta.evaluate_examples([[7, 0]])["non_context_logits"][0]) == 1  # id 0 counts
+
+
 @pytest.mark.parametrize("context", ["Where", "What is this? a cat", ""])
 def test_a_context_must_be_a_beginning(meta: SPHINXModel, context: str) -> None:
     with pytest.raises(ValueError, match="not the beginning"):
@@ -109,7 +115,11 @@ def test_streams_end_as_answers_do(meta: SPHINXModel) -> None:
         assert all(b["text"].startswith(a["text"]) for a, b in itertools.pairwise(events))
         assert events[-1]["text"] == text
         stop = text[2:4]
-        assert meta.generate([prompt], [image], max_gen_len=12, additional_stop_symbols=[stop]) == [text.split(stop)[0]]
+        cut = text.split(stop)[0].removesuffix(" ")
+        assert meta.generate([prompt], [image], max_gen_len=12, additional_stop_symbols=[stop]) == [cut]
+        stopped = list(meta.stream_generate(prompt, [image], max_gen_len=12, additional_stop_symbols=[stop]))
+        assert stopped[-1] == {"text": cut, "end_of_content": True}
+        assert all(cut.startswith(e["text"]) for e in stopped)  # no part of the stop was ever shown
     assert len(set(whole)) == 2
     hot = [meta.generate(prompts[:1], temperature=2.0, max_gen_len=12, seed=s)[0] for s in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
@@ -117,16 +127,19 @@ def test_streams_end_as_answers_do(meta: SPHINXModel) -> None:
 
 def test_a_long_prompt_keeps_its_beginning_mark_and_its_end(meta: SPHINXModel, made: Model) -> None:
     long = "What is this? " * 400
-    row = meta._fit(long, None, 32)
+    row, most = meta._fit(long, None, 32)
     ids = made.tokenizer.encode(long, bos=True)
-    assert len(row.ids) == 512 - 32
+    assert (len(row.ids), most) == (512 - 32, 32)
     assert row.ids[0] == made.tokenizer.bos_id
     assert row.ids[1:].tolist() == ids[-(512 - 33) :]
-    with_picture = meta._fit(long, meta._pictures([drawn(0)], 1)[0], 32)
+    with_picture, _ = meta._fit(long, meta._pictures([drawn(0)], 1)[0], 32)
     assert len(with_picture.ids) == 512 - 32
     assert (with_picture.ids[1:5] == IMAGE).all()
     with pytest.raises(ValueError, match="leave no room"):
         meta._fit(long, None, 512)
+    row, most = meta._fit("What is this?", None, 512)  # the default length on a model that reads no more than that
+    assert row.ids.tolist() == made.tokenizer.encode("What is this?", bos=True)
+    assert most == 512 - len(row.ids)
 
 
 def test_responses_are_the_chat_s(meta: SPHINXModel, made: Model) -> None:

@@ -125,7 +125,7 @@ _FALCON = {
     "ln_mlp": "post_attention_layernorm",
     "post_attention_layernorm": "post_attention_layernorm",
 }
-_INTERNLM2 = {
+META_INNER = {
     "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
@@ -133,6 +133,7 @@ _INTERNLM2 = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+"""Meta's names inside a block, which InternLM2 has kept and we have, to LLaMA's; its fused rows are not among them."""
 _TOPS = {
     "transformer.word_embeddings": "model.embed_tokens",
     "transformer.ln_f": "model.norm",
@@ -159,7 +160,7 @@ def plain_names(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> dict[str,
             for part, rows in zip(_QKV, _unfuse(config, name, tensor), strict=True):
                 out[f"model.layers.{block[1]}.self_attn.{part}.{suffix}"] = rows
         elif block is not None:
-            inner = (_FALCON | _INTERNLM2).get(block[2], block[2])
+            inner = (_FALCON | META_INNER).get(block[2], block[2])
             out[f"model.layers.{block[1]}.{inner}.{suffix}"] = tensor
         else:
             out[f"{_TOPS.get(stem, stem)}.{suffix}"] = tensor

@@ -6,10 +6,10 @@ A row that cannot be read raises :class:`RowRejected` with file and row; only a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from accessory import config as configuration
 from accessory.data import layouts
@@ -19,7 +19,9 @@ from accessory.data.rows import RowRejected
 from accessory.data.task_rows import TaskLayout
 from accessory.schema import CAPTION, IDS, Sample
 
-_PROBED = 20  # rows read at start, so that a wrong column map is seen before training begins
+PROBED = 20  # rows read at start, so that a wrong column map is seen before a model is loaded
+C = TypeVar("C")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -179,34 +181,61 @@ def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 
     return FileSource(config, open_rows(Path(config.path)))
 
 
-def read_configs(path: Path) -> tuple[list[tuple[str, SourceConfig]], list[str]]:
-    """The sources that a YAML file names, each with its place in the file, and every mistake in the others.
+def read_entries(path: Path, name: str, kind: Any) -> tuple[list[tuple[str, Any]], list[str]]:
+    """The ``kind`` of configuration that a YAML file lists, each with its place in the file, and every mistake in the
+    others.
 
-    The file is a list, or ``sources:`` with a list; relative paths count from its folder. ValueError where it is
-    neither.
+    The file is a list, or ``name:`` with a list; relative paths (fields ``path`` and ``root``) count from its folder.
+    ValueError where it is neither.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no data configuration at {path}")
+        raise ValueError(f"no file of {name} at {path}")
     tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
-    entries = tree.get("sources") if isinstance(tree, dict) else tree
+    entries = tree.get(name) if isinstance(tree, dict) else tree
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected 'sources:' with a list of sources")
-    found: list[tuple[str, SourceConfig]] = []
-    errors = [f"{k}: unknown name; known is sources" for k in tree if k != "sources"] if tree is not entries else []
-    union: Any = SourceConfig  # which is no type[...] in the eyes of a type checker
+        raise ValueError(f"{path}: expected '{name}:' with a list")
+    found: list[tuple[str, Any]] = []
+    errors = [f"{k}: unknown name; known is {name}" for k in tree if k != name] if tree is not entries else []
     for i, entry in enumerate(entries):
-        where = f"sources.{i}"
+        where = f"{name}.{i}"
         try:
-            config: SourceConfig = configuration.build(entry, union, str(path), where)
+            config = configuration.build(entry, kind, str(path), where)
         except configuration.ConfigError as error:
             errors += error.mistakes
             continue
-        if isinstance(config, FileConfig):
-            root = str(path.parent / config.root) if config.root else None
-            config = dataclasses.replace(config, path=str(path.parent / config.path), root=root)
-        found.append((where, config))
+        places = {k: v for k in ("path", "root") if (v := getattr(config, k, None))}
+        moved = {k: str(path.parent / v) for k, v in places.items()}
+        found.append((where, dataclasses.replace(config, **moved)))
     return found, errors
+
+
+def opened(
+    path: Path,
+    found: Sequence[tuple[str, C]],
+    errors: Sequence[str],
+    make: Callable[[C], S],
+    probe: Callable[[S], list[str]],
+) -> list[S]:
+    """What ``make`` opens of the entries that :func:`read_entries` ``found``, if nothing is wrong with any.
+
+    ValueError lists everything that is: ``errors``, what ``make`` raises, what ``probe`` complains of.
+    """
+    errors, out = list(errors), list[S]()
+    for where, config in found:
+        try:
+            out.append(make(config))
+            errors += [f"{where}: {problem}" for problem in probe(out[-1])]
+        except ValueError as error:
+            errors.append(f"{where}: {error}")
+    if errors:
+        raise ValueError(f"{path} cannot be used:\n" + "\n".join(f"  {e}" for e in errors))
+    return out
+
+
+def read_configs(path: Path) -> tuple[list[tuple[str, SourceConfig]], list[str]]:
+    """The sources that a YAML file names, as :func:`read_entries`."""
+    return read_entries(path, "sources", SourceConfig)
 
 
 def load_sources(path: Path, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> list[Source]:
@@ -214,18 +243,7 @@ def load_sources(path: Path, *, cache: Path | None = None, seed: int = 0, size: 
 
     ValueError lists everything that is wrong at once: unknown names, missing files, rows that do not fit.
     """
-    configs, errors = read_configs(path)
-    sources: list[Source] = []
-    for where, config in configs:
-        try:
-            source = open_source(config, cache=cache, seed=seed, size=size)
-            errors += [f"{where}: {problem}" for problem in _probe(source)]
-            sources.append(source)
-        except ValueError as error:
-            errors.append(f"{where}: {error}")
-    if errors:
-        raise ValueError(f"the data configuration {path} cannot be used:\n" + "\n".join(f"  {e}" for e in errors))
-    return sources
+    return opened(path, *read_configs(path), lambda c: open_source(c, cache=cache, seed=seed, size=size), _probe)
 
 
 def _probe(source: Source) -> list[str]:
@@ -235,10 +253,10 @@ def _probe(source: Source) -> list[str]:
     if isinstance(source, BuiltinSource):
         return []
     errors = []
-    for i in range(min(_PROBED, len(source))):
+    for i in range(min(PROBED, len(source))):
         try:
             source[i]
         except RowRejected as error:
             errors.append(str(error))
     # A few bad rows are the ledger's business; a file of nothing but bad rows is a wrong configuration.
-    return errors if len(errors) == min(_PROBED, len(source)) else []
+    return errors if len(errors) == min(PROBED, len(source)) else []

@@ -13,11 +13,10 @@ from accessory.data import layouts
 from accessory.data.files import open_rows
 from accessory.data.grounding import BoxForm
 from accessory.data.rows import RowRejected
+from accessory.data.sources import PROBED, opened, read_entries
 from accessory.data.task_rows import TaskLayout
 from accessory.evaluate.scorers import Scorer, Truth, scorer
 from accessory.schema import Sample
-
-PROBED = 20  # rows read before a model is loaded
 
 
 @dataclass(frozen=True)
@@ -112,32 +111,10 @@ def read_tasks(path: Path) -> list[TestSet]:
     Raises:
         ValueError: listing everything that is wrong at once: unknown names, missing files, rows that do not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no task file at {path}")
-    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
-    entries = tree.get("tasks") if isinstance(tree, dict) else tree
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected 'tasks:' with a list of test sets")
-    errors = [f"{k}: unknown name; known is tasks" for k in tree if k != "tasks"] if tree is not entries else []
-    found: list[TestSet] = []
-    for i, entry in enumerate(entries):
-        where = f"tasks.{i}"
-        try:
-            config = configuration.build(entry, TaskConfig, str(path), where)
-            root = str(path.parent / config.root) if config.root else None
-            tests = TestSet(replace(config, path=str(path.parent / config.path), root=root))
-            errors += [f"{where}: {problem}" for problem in _probe(tests)]
-            if any(t.config.name == config.name for t in found):
-                errors.append(f"{where}: name {config.name!r} comes twice")
-            found.append(tests)
-        except configuration.ConfigError as error:
-            errors += error.mistakes
-        except ValueError as error:
-            errors.append(f"{where}: {error}")
-    if errors:
-        raise ValueError(f"the task file {path} cannot be used:\n" + "\n".join(f"  {e}" for e in errors))
-    return found
+    found, errors = read_entries(path, "tasks", TaskConfig)
+    names = [config.name for _, config in found]
+    twice = [f"{w}: name {c.name!r} comes twice" for k, (w, c) in enumerate(found) if c.name in names[:k]]
+    return opened(path, found, [*errors, *twice], TestSet, _probe)
 
 
 def _probe(tests: TestSet) -> list[str]:

@@ -125,8 +125,8 @@ class MetaModel:
     def _prefix(ids: Tensor, head: list[int], i: int) -> int:
         if not head or len(head) >= len(ids) or ids[: len(head)].tolist() != head:
             raise ValueError(
-                f"contexts[{i}] has {len(head)} tokens that are not the beginning of the {len(ids)} of its example, or all "
-                "of them; a text may be cut into other tokens where it goes on, so give ids where that happens"
+                f"contexts[{i}] has {len(head)} tokens that are not the beginning of the {len(ids)} of its example, or "
+                "all of them; a text may be cut into other tokens where it goes on, so give ids where that happens"
             )
         return len(head)
 

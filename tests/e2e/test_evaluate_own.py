@@ -82,7 +82,7 @@ def test_the_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("more", "said"),
     [
         (["--tasks", "easy-vqa"], "--data names test sets of your own"),
-        (["--data", "nothing.yaml"], "no task file at nothing.yaml"),
+        (["--data", "nothing.yaml"], "no file of tasks at nothing.yaml"),
         (["--model", "/nowhere"], "neither a model folder"),
     ],
 )

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from accessory.data.loader import Loader
 from accessory.data.mixture import Mixture
 from accessory.data.sources import FileConfig, open_source
-from accessory.data.targets import TargetEncoder
+from accessory.data.targets import Fit, TargetEncoder
 from accessory.diffusion.flag_dit import FlagDiTConfig
 from accessory.diffusion.guidance import Guidance
 from accessory.diffusion.sampler import Ode, SamplerSettings
@@ -126,7 +126,11 @@ def write_captions(folder: Path, n: int = 8) -> Path:
 
 
 def caption_loader(folder: Path, batch_size: int, rank: int = 0, world: int = 1, n: int = 8) -> Loader:
-    """Batches of prompts and pictures."""
-    columns = {"image": "file", "caption": "text"}
-    source = open_source(FileConfig("captions", path=str(write_captions(folder, n)), columns=columns))
-    return Loader(Mixture([source], seed=3), TargetEncoder(SIZE), batch_size, rank=rank, world=world)
+    """Batches of prompts and squares."""
+    return open_captions(write_captions(folder, n), batch_size, rank=rank, world=world)
+
+
+def open_captions(path: Path, batch_size: int, fit: Fit | None = None, **options: int) -> Loader:
+    """Batches of the rows of a file like that of :func:`write_captions`."""
+    source = open_source(FileConfig("captions", path=str(path), columns={"image": "file", "caption": "text"}))
+    return Loader(Mixture([source], seed=3), TargetEncoder(SIZE, fit), batch_size, **options)

@@ -13,22 +13,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accessory.models.folding import fold_folder
+from tools.command import parser, told
+
+
+def fold(args: argparse.Namespace) -> str:
+    """Do it."""
+    moved = fold_folder(args.source, args.out, tolerance=args.tolerance)
+    return f"{args.out}: folded; logits of the fixed prompts moved by {moved:.2g} of their largest"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="FOLDER")
-    parser.add_argument("out", type=Path, metavar="NEW_FOLDER")
-    parser.add_argument("--tolerance", type=float, help="relative to the largest logit (default: by type of number)")
-    args = parser.parse_args(arguments)
-    try:
-        moved = fold_folder(args.source, args.out, tolerance=args.tolerance)
-    except ValueError as error:
-        print(f"not done: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.out}: folded; logits of the fixed prompts moved by {moved:.2g} of their largest")
-    return 0
+    p = parser(__doc__)
+    p.add_argument("source", type=Path, metavar="FOLDER")
+    p.add_argument("out", type=Path, metavar="NEW_FOLDER")
+    p.add_argument("--tolerance", type=float, help="relative to the largest logit (default: by type of number)")
+    return told(fold, p, arguments)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accessory.backbone.mix import Recipe, ends, mix
 from accessory.models.gate import GateError, check, difference, measure, open_model, remove
+from tools.command import parser, told
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -74,29 +75,27 @@ def gate(parents: list[Path], out: Path, recipe: Recipe) -> float:
     return moved
 
 
+def mixed(args: argparse.Namespace) -> str:
+    """Do it."""
+    recipe = recipe_of(args)
+    mix(args.parents, args.out, recipe)
+    moved = gate(args.parents, args.out, recipe)
+    return (
+        f"{args.out}: {args.method} of {len(args.parents)} models; both ends give back their parents' logits\n"
+        f"logits of the fixed prompts lie {moved:.3g} from those of {args.parents[0]} (of their largest)"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="NEW_FOLDER")
-    parser.add_argument("--parents", type=Path, nargs="+", required=True, metavar="FOLDER")
-    parser.add_argument("--method", choices=("linear", "slerp", "task"), default="linear")
-    parser.add_argument("--alpha", type=float, help="share of the second of two parents")
-    parser.add_argument("--weights", metavar="W,W", help="one number a parent; task: one for each but the first")
-    parser.add_argument("--part", action="append", default=[], metavar="NAME=W", help="weights of a part or a pattern")
-    args = parser.parse_args(arguments)
-    try:
-        recipe = recipe_of(args)
-        mix(args.parents, args.out, recipe)
-        moved = gate(args.parents, args.out, recipe)
-    except GateError as error:
-        print(f"not done: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.out}: {args.method} of {len(args.parents)} models; both ends give back their parents' logits")
-    print(f"logits of the fixed prompts lie {moved:.3g} from those of {args.parents[0]} (of their largest)")
-    return 0
+    p = parser(__doc__)
+    p.add_argument("out", type=Path, metavar="NEW_FOLDER")
+    p.add_argument("--parents", type=Path, nargs="+", required=True, metavar="FOLDER")
+    p.add_argument("--method", choices=("linear", "slerp", "task"), default="linear")
+    p.add_argument("--alpha", type=float, help="share of the second of two parents")
+    p.add_argument("--weights", metavar="W,W", help="one number a parent; task: one for each but the first")
+    p.add_argument("--part", action="append", default=[], metavar="NAME=W", help="weights of a part or a pattern")
+    return told(mixed, p, arguments)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,6 @@ class GeneratorRunConfig:
     cache: str | None = None
 
 
-def main_config(
-    path: str | Path, overrides: Sequence[str] = (), resume: str | None = None, *, dry_run: bool = False
-) -> Result | None:
-    """Train what an experiment file says; with ``dry_run`` build everything, describe it and return None."""
-    return started(run, configuration.load(path, GeneratorRunConfig, overrides), path, resume, dry_run)
-
-
 def run(
     config: GeneratorRunConfig,
     resume: str | None = None,
@@ -105,6 +98,10 @@ def run(
     finally:
         if isinstance(features, CachedFeatures):
             features.close()
+
+
+main_config = partial(started, run, GeneratorRunConfig)
+"""As that of :mod:`accessory.train.run`."""
 
 
 def objective_of(config: GeneratorRunConfig, features: Features) -> Any:

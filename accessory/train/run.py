@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,6 @@ from accessory.train.objective import DialogueObjective, Objective, ObjectiveCon
 from accessory.train.optim import Optimizer
 
 LOG = log.get(__name__)
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ class RunConfig:
     cache: str | None = None
 
 
-def main_config(
-    path: str | Path, overrides: Sequence[str] = (), resume: str | None = None, *, dry_run: bool = False
-) -> Result | None:
-    """Train what an experiment file says; with ``dry_run`` build everything, describe it and return None."""
-    return started(run, configuration.load(path, RunConfig, overrides), path, resume, dry_run)
-
-
 def started(
-    run: Callable[..., Result | None], config: C, path: str | Path, resume: str | None, dry: bool
+    run: Callable[..., Result | None],
+    kind: type,
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    *,
+    dry_run: bool = False,
 ) -> Result | None:
-    """What ``run`` makes of the configuration of a file, among the ranks that there are."""
-    world = groups.setup()
+    """Train, among the ranks that there are, what a file says in the fields of ``kind``; with ``dry_run`` build
+    everything, describe it and return None. ``run`` is told the configuration and what stands around it."""
+    config, world = configuration.load(path, kind, overrides), groups.setup()
     try:
-        return run(config, resume, folder=Path(path).parent, device=world.device, dry_run=dry)
+        return run(config, resume, folder=Path(path).parent, device=world.device, dry_run=dry_run)
     finally:
         groups.shutdown()
 
@@ -123,6 +123,10 @@ def run(
     )
     with reported(source.ledger):
         return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
+
+
+main_config = partial(started, run, RunConfig)
+"""``main_config(path, overrides, resume, dry_run=False)``: see :func:`started`."""
 
 
 def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> dict[str, str]:

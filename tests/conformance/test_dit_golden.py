@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT.parent / "shared" / "golden" / "diffusion"
+from tests.golden import DIFFUSION as GOLDEN
+from tests.golden import needs_golden
+from tools.conformance import main
+
 # Case, and how many of its outputs and intermediates are compared.
 CASES = {
     "flag_dit_t2i": 30,
@@ -35,18 +34,11 @@ CASES = {
     "audio_flag_dit_v2": 18,
     "full_size_counts": 84,
 }
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    sys.path.insert(0, str(ROOT))
-    return importlib.import_module("tools.conformance")
 
 
 @needs_golden
-def test_cases_pass(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main([str(GOLDEN / case) for case in CASES]) == 0
+def test_cases_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(GOLDEN / case) for case in CASES]) == 0
     lines = capsys.readouterr().out.splitlines()
     for line, (case, number) in zip(lines, CASES.items()):
         assert line.startswith(f"{case}: passed ({number} compared: "), line
@@ -63,7 +55,7 @@ def test_cases_pass(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> Non
         ("train_step_next_t2i", "layers.0.attention.ky_norm.weight"),
     ],
 )
-def test_an_altered_weight_fails(tool: ModuleType, case: str, name: str, tmp_path: Path) -> None:
+def test_an_altered_weight_fails(case: str, name: str, tmp_path: Path) -> None:
     weights = load_file(GOLDEN / case / "weights.safetensors")
     weights[name] = weights[name].flip(0) + 0.1
     folder = tmp_path / case
@@ -71,18 +63,16 @@ def test_an_altered_weight_fails(tool: ModuleType, case: str, name: str, tmp_pat
     save_file(weights, folder / "weights.safetensors")
     for file in ("config.json", "io.safetensors"):
         (folder / file).write_bytes((GOLDEN / case / file).read_bytes())
-    assert tool.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
 
 
 @needs_golden
-def test_an_output_that_nothing_computes_fails(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_that_nothing_computes_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "extra"
     folder.mkdir()
     for file in ("config.json", "weights.safetensors"):
         (folder / file).write_bytes((GOLDEN / "flag_dit_imagenet" / file).read_bytes())
     io = load_file(GOLDEN / "flag_dit_imagenet" / "io.safetensors")
     save_file(io | {"cfg.out.surprise": io["out"].clone()}, folder / "io.safetensors")
-    assert tool.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
     assert "nothing computes cfg.out.surprise" in capsys.readouterr().out

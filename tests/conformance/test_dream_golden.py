@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.golden import DIFFUSION as GOLDEN
+from tests.golden import needs_golden
 from tools.conform.comparison import Comparison
 from tools.conform.dream import HANDLERS, assembly_case, projectors_case
 from tools.conformance import HANDLERS as KNOWN
 from tools.conformance import main
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "diffusion"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
 
 
 def test_the_tool_knows_the_family() -> None:

@@ -1,10 +1,8 @@
 """Numbers of the published reference: golden cases through the tool, and that the tool can fail."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +14,8 @@ from accessory.backbone.llama import Llama
 from accessory.backbone.reference import from_reference, rename
 from accessory.peft.attach import BiasSpec, LoraSpec, PrefixSpec, attach
 from tests.golden import LLM as GOLDEN
-from tests.golden import needs_golden
+from tests.golden import copied, needs_golden
+from tools.conformance import main
 
 TEXT_CASES = (
     "01_llama_ffnmult",
@@ -32,19 +31,17 @@ TEXT_CASES = (
 
 @needs_golden
 @pytest.mark.parametrize("case", TEXT_CASES)
-def test_text_cases_pass(tool: ModuleType, case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main([str(GOLDEN / case)]) == 0
+def test_text_cases_pass(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(GOLDEN / case)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{case}: passed")
     assert "train_logits, infer_logits" in lines[0]
     assert lines[-1] == "1 passed, 0 failed, 0 unsupported"
 
 
-def test_an_unknown_case_is_reported_as_unsupported(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_case_is_reported_as_unsupported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"reference_class": "nobody.Knows"}))
-    assert tool.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("0 passed, 0 failed, 1 unsupported\n")
 
 
@@ -95,9 +92,9 @@ def theirs(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_adapter", "llama_peft"])
-def test_other_sizes_run(tool: ModuleType, kind: str, tmp_path: Path) -> None:
+def test_other_sizes_run(kind: str, tmp_path: Path) -> None:
     own_case(tmp_path / "case", kind)
-    assert tool.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
 
 
 def change_tensor(file: str, name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
@@ -154,7 +151,6 @@ def edit_config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], 
     ],
 )
 def test_a_spoilt_case_fails(
-    tool: ModuleType,
     spoil: Callable[[Path], None],
     words: str,
     tmp_path: Path,
@@ -162,26 +158,24 @@ def test_a_spoilt_case_fails(
 ) -> None:
     own_case(tmp_path / "good")
     spoil(own_case(tmp_path / "spoilt"))
-    assert tool.main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert words in out
     assert out.endswith("1 passed, 1 failed, 0 unsupported\n")
 
 
 @needs_golden
-def test_an_altered_golden_tensor_fails(tool: ModuleType, tmp_path: Path) -> None:
-    folder = tmp_path / "altered"
-    shutil.copytree(GOLDEN / "03_llama_peft_full", folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
-    assert tool.main([str(folder)]) == 0
+def test_an_altered_golden_tensor_fails(tmp_path: Path) -> None:
+    folder = copied(GOLDEN / "03_llama_peft_full", tmp_path)
+    assert main([str(folder)]) == 0
     change_tensor("io.safetensors", "mid.layers.0.attention.wo", bump)(folder)
-    assert tool.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
 
 
-def test_a_folder_without_cases_is_an_error(tool: ModuleType, tmp_path: Path) -> None:
-    assert tool.main([str(tmp_path)]) == 2
+def test_a_folder_without_cases_is_an_error(tmp_path: Path) -> None:
+    assert main([str(tmp_path)]) == 2
     with pytest.raises(SystemExit):
-        tool.main([str(tmp_path / "nowhere")])
+        main([str(tmp_path / "nowhere")])
 
 
 def test_the_importer_reads_the_references_defaults() -> None:

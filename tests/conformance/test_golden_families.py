@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from accessory.backbone.reference import from_reference
 from accessory.backbone.reference_folders import build_language
 from accessory.nn.moe import balance_loss, router_loss, routings
 from accessory.nn.rope import table
+from tests.golden import LLM as GOLDEN
+from tests.golden import copied, needs_golden
 from tools import conformance
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "llm"
 CASES = (
     "06_falcon_new",
     "06_falcon_parallel",
@@ -40,7 +40,6 @@ CASES = (
     "10_checkpoint_full",
     "10_checkpoint_trainable",
 )
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
 
 
 @needs_golden
@@ -156,9 +155,7 @@ def test_a_spoilt_case_fails(
 def test_an_altered_golden_tensor_fails(
     case: str, name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / case
-    shutil.copytree(GOLDEN / case, folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
+    folder = copied(GOLDEN / case, tmp_path)
     change("weights.safetensors", name, lambda t: t + 0.5)(folder)
     assert conformance.main([str(folder)]) == 1
     assert words in capsys.readouterr().out

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.golden import DIFFUSION as GOLDEN
+from tests.golden import copied, needs_golden
 from tools import conformance
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "diffusion"
 COMPARED = {
     "transport_losses": 130,
     "transport_samplers": 142,
@@ -22,7 +22,7 @@ COMPARED = {
     "sample_next_t2i": 12,
     "sample_large_dit_ddpm": 2,
 }
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
+pytestmark = needs_golden
 
 
 @pytest.mark.parametrize("case", COMPARED)
@@ -47,9 +47,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("case", SPOILT)
 def test_an_altered_number_fails(case: str, tmp_path: Path) -> None:
-    folder = tmp_path / case
-    shutil.copytree(GOLDEN / case, folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
+    folder = copied(GOLDEN / case, tmp_path)
     table = load_file(folder / "io.safetensors")
     for name in SPOILT[case]:
         table[name].view(-1)[-1] += 0.05 * (1 + table[name].abs().max())
@@ -60,9 +58,7 @@ def test_an_altered_number_fails(case: str, tmp_path: Path) -> None:
 
 
 def test_an_output_that_nothing_computes_fails(tmp_path: Path) -> None:
-    folder = tmp_path / "more"
-    shutil.copytree(GOLDEN / "ddpm_process", folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
+    folder = copied(GOLDEN / "ddpm_process", tmp_path)
     table = load_file(folder / "io.safetensors")
     save_file(table | {"train.out.surprise": torch.zeros(1)}, folder / "io.safetensors")
     assert "nothing computes train.out.surprise" in conformance.run_case(folder)[1]

@@ -1,6 +1,5 @@
 """Numbers of the published reference with pictures: golden cases through the tool, and that the tool can fail."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.golden import LLM as GOLDEN
+from tests.golden import copied, needs_golden
 from tools.conform.vision import HANDLERS
 from tools.conformance import HANDLERS as KNOWN
 from tools.conformance import main
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "llm"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
 # Case, and how many of its outputs and intermediates are compared.
 CASES = {
     "01v_llama_clip": 11,
@@ -53,12 +52,9 @@ def test_cases_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == f"{len(CASES)} passed, 0 failed, 0 unsupported"
 
 
-def copied(case: str, folder: Path, file: str, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+def changed(case: str, folder: Path, file: str, name: str, change: Callable[[Tensor], Tensor]) -> Path:
     """A copy of a case with one tensor changed."""
-    target = folder / case
-    shutil.copytree(GOLDEN / case, target)
-    for path in (target, *target.iterdir()):
-        path.chmod(0o755)
+    target = copied(GOLDEN / case, folder)
     tensors = load_file(target / f"{file}.safetensors")
     tensors[name] = change(tensors[name]).contiguous()
     save_file(tensors, target / f"{file}.safetensors")
@@ -98,16 +94,13 @@ def test_a_spoilt_case_fails(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main([str(copied(case, tmp_path, file, name, change))]) == 1
+    assert main([str(changed(case, tmp_path, file, name, change))]) == 1
     assert problem in capsys.readouterr().out
 
 
 @needs_golden
 def test_clips_activation_matters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    case = tmp_path / "case"
-    shutil.copytree(GOLDEN / "01v_llama_clip", case)
-    for path in (case, *case.iterdir()):
-        path.chmod(0o755)
+    case = copied(GOLDEN / "01v_llama_clip", tmp_path)
     said = (case / "config.json").read_text()
     assert '"clip_quick_gelu": true' in said
     (case / "config.json").write_text(said.replace('"clip_quick_gelu": true', '"clip_quick_gelu": false'))
@@ -117,7 +110,7 @@ def test_clips_activation_matters(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @needs_golden
 def test_an_output_that_nothing_computes_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    case = copied("04_llama_qformerv2_standin768", tmp_path, "io", "in.tokens", lambda x: x)
+    case = changed("04_llama_qformerv2_standin768", tmp_path, "io", "in.tokens", lambda x: x)
     io = load_file(case / "io.safetensors")
     save_file(io | {"mid.surprise": io["out.train_logits"].clone()}, case / "io.safetensors")
     assert main([str(case)]) == 1

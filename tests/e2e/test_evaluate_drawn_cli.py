@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -17,6 +15,7 @@ from accessory.models.generator_net import Generator
 from tests.tiny import tiny_model_dir
 from tests.tiny_generator import tiny_generator_dir
 from tests.unit.evaluate.drawings import Colours, world
+from tools import model_card
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +34,6 @@ def _world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, *more: object) -> int:
     return main(["evaluate", "--model", str(folder), "--device", "cpu", "--threads", "1", *map(str, more)])
-
-
-def card_tool() -> ModuleType:
-    """``tools/model_card.py`` as a module."""
-    path = Path(__file__).resolve().parents[2] / "tools" / "model_card.py"
-    spec = importlib.util.spec_from_file_location("model_card", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_bridge_is_asked_in_four_ways(
@@ -67,8 +55,7 @@ def test_a_bridge_is_asked_in_four_ways(
     assert [role for role, _ in entries[4]["prompt"]] == ["user"]
     with Image.open(page) as opened:
         assert opened.height > 16 * 96
-    tool = card_tool()
-    assert tool.score_table(tool.rows(out)) == tally.tables(entries)
+    assert model_card.score_table(model_card.rows(out)) == tally.tables(entries)
 
 
 def test_an_interrupted_run_goes_on(
@@ -153,10 +140,9 @@ def test_a_card_has_one_table_a_run(folders: dict[str, Path], tmp_path: Path) ->
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     for seed, path in enumerate((one, two)):
         assert run(folders["text"], "--limit", 2, "--seed", seed, "--out", path) == 0
-    tool = card_tool()
     answers = [{"task": "words-ocr", "control": "none", "right": True}]
-    both = tool.score_table([*answers, *tool.rows(one)])
+    both = model_card.score_table([*answers, *model_card.rows(one)])
     assert both.startswith("| task | questions | own picture |")
-    assert both.endswith(tally.tables(tool.rows(one)))
+    assert both.endswith(tally.tables(model_card.rows(one)))
     with pytest.raises(ValueError, match="2 runs that differ in their seed"):
-        tool.score_table([*tool.rows(one), *tool.rows(two)])
+        model_card.score_table([*model_card.rows(one), *model_card.rows(two)])

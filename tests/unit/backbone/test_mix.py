@@ -1,11 +1,9 @@
 """Mixing weights: formulas, ends, streaming, provenance, and what is refused."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -21,18 +19,9 @@ from accessory.backbone.stream import Weights, read_header
 from accessory.backbone.weights import load_backbone, save_accessory
 from tests.tiny import tiny_model_dir
 from tests.tiny_backbone import TINY, logits, model
+from tools.mix_weights import main
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mix_weights", ROOT / "tools" / "mix_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -261,24 +250,23 @@ def test_memory_does_not_grow_with_the_files(method: str, weights: str, tmp_path
     assert peaks[160] - peaks[1] < 16_000_000, peaks
 
 
-def test_the_tool(tool: ModuleType, parents: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool(parents: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(p) for p in parents]
-    assert tool.main([str(tmp_path / "a"), "--parents", *given[:2], "--alpha", "0.3", "--part", "layers.0.*=1"]) == 0
+    assert main([str(tmp_path / "a"), "--parents", *given[:2], "--alpha", "0.3", "--part", "layers.0.*=1"]) == 0
     assert "both ends give back their parents' logits" in capsys.readouterr().out
     a, b, out = states([*parents[:2], tmp_path / "a"])
     name = "layers.0.attention.wq.weight"
     assert torch.equal(out[name], b[name])
     assert torch.allclose(out["output.weight"], 0.7 * a["output.weight"] + 0.3 * b["output.weight"], atol=1e-6)
-    assert tool.main([str(tmp_path / "t"), "--parents", *given, "--method", "task", "--weights", "0.5,0.5"]) == 0
-    assert tool.main([str(tmp_path / "a"), "--parents", *given[:2], "--alpha", "0.3"]) == 1
+    assert main([str(tmp_path / "t"), "--parents", *given, "--method", "task", "--weights", "0.5,0.5"]) == 0
+    assert main([str(tmp_path / "a"), "--parents", *given[:2], "--alpha", "0.3"]) == 1
     assert "not an empty folder" in capsys.readouterr().err
-    assert tool.main([str(tmp_path / "b"), "--parents", *given[:2], "--alpha", "0.3", "--weights", "1,0"]) == 1
-    assert tool.main([str(tmp_path / "b"), "--parents", *given[:2], "--weights", "x"]) == 1
+    assert main([str(tmp_path / "b"), "--parents", *given[:2], "--alpha", "0.3", "--weights", "1,0"]) == 1
+    assert main([str(tmp_path / "b"), "--parents", *given[:2], "--weights", "x"]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "p0", "p1", "p2", "t"]
 
 
 def test_a_broken_mixture_is_not_kept(
-    tool: ModuleType,
     parents: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -286,6 +274,6 @@ def test_a_broken_mixture_is_not_kept(
 ) -> None:
     monkeypatch.setattr(Recipe, "factors", lambda self, name: tuple(reversed(self.of(name))))
     given = [str(p) for p in parents[:2]]
-    assert tool.main([str(tmp_path / "out"), "--parents", *given, "--alpha", "0.3"]) == 1
+    assert main([str(tmp_path / "out"), "--parents", *given, "--alpha", "0.3"]) == 1
     assert "the end of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

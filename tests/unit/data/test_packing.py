@@ -1,6 +1,5 @@
 """Documents packed into rows: nothing is lost, and training reads them."""
 
-import importlib.util
 import json
 from itertools import chain
 from pathlib import Path
@@ -18,8 +17,8 @@ from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import load
 from accessory.schema import IDS, Sample
 from tests.tiny import tiny_tokenizer
+from tools.pack_text import main
 
-ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ["The word is moon.", "", "A long text about birds, boats and two blue stars. " * 5, "The end"]
 
 
@@ -70,18 +69,13 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("pack_text", ROOT / "tools" / "pack_text.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     words, out = tiny_tokenizer(tmp_path).parent, tmp_path / "o.jsonl"
     given = [str(out), str(texts(tmp_path)), "--tokenizer", str(words), "--length", "32"]
-    assert tool.main([*given, "--column", "content"]) == 0
+    assert main([*given, "--column", "content"]) == 0
     assert f"{len(open_rows(out))} rows" in capsys.readouterr().out
-    assert tool.main(given) == 1
+    assert main(given) == 1
     assert "must be a new file" in capsys.readouterr().err
     out.unlink()
-    assert tool.main([*given, "--column", "words"]) == 1
+    assert main([*given, "--column", "words"]) == 1
     assert "no text in column 'words' (columns are: text, content)" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if "o.jsonl" in p.name] == []

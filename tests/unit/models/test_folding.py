@@ -1,8 +1,6 @@
 """LoRA folded into a model folder: the same model, and no delta left."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from accessory.peft import lora
 from accessory.peft.attach import BiasSpec, LoraSpec, NormSpec, PrefixSpec, ScaleSpec, TrainSpec, attached
 from accessory.peft.lora import LowRank
 from tests.tiny import tiny_model
+from tools.merge_lora import main
 
-ROOT = Path(__file__).resolve().parents[3]
 TUNING = (
     LoraSpec(rank=2),
     ScaleSpec(),
@@ -38,19 +36,9 @@ def tuned(tmp_path: Path) -> Path:
     return tmp_path / "tuned"
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "tools" / "merge_lora.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_folded_model_computes_the_same(tool: ModuleType, tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folded_model_computes_the_same(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tuned.parent / "out"
-    assert tool.main([str(tuned), str(out)]) == 0
+    assert main([str(tuned), str(out)]) == 0
     assert "moved by" in capsys.readouterr().out
     before, after = build.load(tuned), build.load(out)
     assert difference(measure(before), measure(after)) < 1e-4
@@ -61,7 +49,7 @@ def test_the_folded_model_computes_the_same(tool: ModuleType, tuned: Path, capsy
         if isinstance(m, LowRank):
             torch.nn.init.zeros_(m.b.weight)
     assert difference(measure(before), measure(after)) > 1e-3
-    assert tool.main([str(out), str(tuned.parent / "again")]) == 1
+    assert main([str(out), str(tuned.parent / "again")]) == 1
     assert "nothing to fold" in capsys.readouterr().err
 
 

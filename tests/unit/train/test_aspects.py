@@ -17,9 +17,7 @@ from accessory.data.collate import collate
 from accessory.data.encode import DreamLayout, Encoder
 from accessory.data.image import to_tensor
 from accessory.data.loader import Loader
-from accessory.data.mixture import Mixture
-from accessory.data.sources import FileConfig, open_source
-from accessory.data.targets import TargetEncoder, target
+from accessory.data.targets import target
 from accessory.diffusion.buckets import Nearest, bucket_sizes
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.dream_loss import DreamLossConfig
@@ -34,7 +32,7 @@ from accessory.train.generation import (
     targets_of,
 )
 from accessory.train.generator_run import GeneratorRunConfig, fitting, main_config
-from tests.tiny_generator import SIZE, draw_config, draw_model, shake
+from tests.tiny_generator import SIZE, draw_config, draw_model, open_captions, shake
 
 NEVER = DiffusionConfig(drop=NullPolicy(all=0.0))
 SHAPES = {"wide": (48, 24), "tall": (20, 40), "square": (33, 33), "third": (40, 30)}
@@ -53,9 +51,7 @@ def write(folder: Path) -> Path:
 
 
 def loader(folder: Path, batch_size: int, fit: Nearest | None, workers: int = 0) -> Loader:
-    columns = {"image": "file", "caption": "text"}
-    source = open_source(FileConfig("captions", path=str(write(folder)), columns=columns))
-    return Loader(Mixture([source], seed=3), TargetEncoder(SIZE, fit), batch_size, num_workers=workers)
+    return open_captions(write(folder), batch_size, fit, num_workers=workers)
 
 
 def test_each_picture_gets_the_nearest_size(tmp_path: Path) -> None:

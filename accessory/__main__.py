@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import itertools
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_parser(sub)
     sub.choices[verb].description = dict(VERBS)[verb] + "; for example: python -m accessory " + EXAMPLES[verb]
     sub.choices[verb].add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = _parse(parser, arguments)
+    args = _parse(parser, sub.choices[verb], arguments)
     try:
         return int(module.main(args))
     except (ValueError, AssetError, OSError) as error:
@@ -67,14 +69,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+def _parse(parser: argparse.ArgumentParser, verb: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """Also overrides that stand after options: argparse ends a list of positionals at the first option."""
+    # First: argparse would rather miss a required option than name the misspelt one.
+    if wrong := misspelt(arguments[1:], [name for action in verb._actions for name in action.option_strings]):
+        verb.error(f"unrecognized arguments: {', '.join(wrong)}")
     args, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(args, "overrides") or any(r.startswith("-") for r in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and not hasattr(args, "overrides"):
+        verb.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def misspelt(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Options that are none of the ``known`` ones or a beginning of one, each with the nearest that is."""
+    found = []
+    for word in itertools.takewhile(lambda w: w != "--", arguments):
+        name = word.partition("=")[0]
+        # What holds a blank or is a number is the value of an option, to argparse too.
+        if re.fullmatch(r"-[^\s\d.].*", word) and " " not in word and not any(k.startswith(name) for k in known):
+            near = difflib.get_close_matches(name, known, n=1)
+            found.append(name + (f" (did you mean {near[0]}?)" if near else ""))
+    return found
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ DESCRIPTION = (
     "the conversation is kept. Try an example, or bring your own."
 )
 TEMPERATURE, MAX_NEW_TOKENS = 0.0, 128
+GENERATOR = (
+    "a generator folder, or the name of a shipped one: it draws the pictures that answers then hold, where the model "
+    "wants one (Settings on the page: in every answer, or none); without it answers are text"
+)
 PREVIEWS = 10  # steps of the sampler between two looks at a picture in the making
 CSS = """
 .gradio-container { max-width: 860px !important; margin: 0 auto !important; }
@@ -244,7 +248,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A chat page about pictures")
     parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, or the name of a shipped model")
-    parser.add_argument("--generator", metavar="DIR", help="a generator folder: answers may then hold pictures")
+    parser.add_argument("--generator", metavar="DIR", help=GENERATOR)
     parser.add_argument(
         "--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)"
     )

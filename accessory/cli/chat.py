@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shlex
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from accessory.cli.generate import OUT, picture_folder
 
 if TYPE_CHECKING:
     from accessory.backbone.generate import Sampling
@@ -50,18 +51,15 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     parser.add_argument("--quantize", metavar="KIND", help=QUANTIZE)
     parser.add_argument(
-        "--generator", metavar="DIR", help="generator folder or shipped name: answers may hold pictures"
+        "--generator",
+        metavar="DIR",
+        help="a generator folder, or the name of a shipped one: it draws the pictures that answers then hold",
     )
     parser.add_argument(
         "--pictures", choices=("auto", "always", "never"), default="auto",
         help="with --generator: as the model wants (the default), in every answer, or none",
     )  # fmt: skip
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("pictures"),
-        help="where drawn pictures go (default: pictures); with -2 behind it when it has some",
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help=OUT)
     parser.add_argument("--cache", type=Path, help="cache folder of the assets")
     parser.set_defaults(main=main)
 
@@ -107,11 +105,14 @@ def _drawing(args: argparse.Namespace, sampling: Sampling) -> Illustrator:
         raise ValueError(
             f"--quantize {args.quantize} does not go with --generator yet: what it reads was trained in bf16"
         )
+    out = picture_folder(args.out)
+    if any(out.glob("picture_*")):
+        raise ValueError(f"{out} holds pictures of an earlier dialogue; --out takes another folder")
     controls = of_mode(Controls(seed=args.seed or 0), args.pictures)
     made = load(args.model, args.generator, cache=args.cache, device=args.device, sampling=sampling, controls=controls)
     if made.dream is None and args.pictures == "auto":
         print("(this model has no trigger for this generator: pictures come with --pictures always)", file=sys.stderr)
-    return Illustrator(made.new_chat(), args.out)
+    return Illustrator(made.new_chat(), out)
 
 
 class Terminal:
@@ -239,7 +240,7 @@ class Illustrator(Terminal):
 
     def __init__(self, chat: IllustratedChat, folder: Path) -> None:
         super().__init__(chat, chat.events)
-        self._folder = _free(folder)
+        self._folder = folder
         self._commands["/pictures"] = self._pictures
 
     def ask(self, text: str) -> None:
@@ -269,12 +270,6 @@ class Illustrator(Terminal):
 
     def _help(self, rest: str) -> None:
         print(HELP + "\n" + DRAWING)
-
-
-def _free(folder: Path) -> Path:
-    """``folder``, or with a number behind it where it holds pictures of an earlier dialogue: they are not replaced."""
-    tried = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
-    return next(path for path in tried if not any(path.glob("picture_*")))
 
 
 def _plain(turn: Turn) -> dict[str, Any]:

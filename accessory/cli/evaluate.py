@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accessory.cli.chat import QUANTIZE, quantization
-from accessory.cli.generate import add_sampler_options, adjusted, whole_entries
+from accessory.cli.generate import add_sampler_options, adjusted, described, whole_entries
 
 if TYPE_CHECKING:
     from accessory.evaluate.asking import Query
@@ -69,11 +69,11 @@ def main(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from accessory.models.build import find, is_generator
+    from accessory.models.build import is_generator
     from accessory.serve.chat import find_model
 
-    drawing = is_generator(find(args.model))
-    folder = find(args.model) if drawing else find_model(args.model)
+    folder = find_model(args.model, generators=True)
+    drawing = is_generator(folder)
     if given := [name for name in (OF_CHAT if drawing else OF_GENERATORS) if getattr(args, name) not in (None, False)]:
         kind, other = ("a generator", "chat models") if drawing else ("a chat model", "generators")
         raise ValueError(f"--{given[0].replace('_', '-')} is an option of {other}, and {args.model} is {kind}")
@@ -146,6 +146,11 @@ def _retrieval(config: object, cache: Path | None, tuned: object) -> None:
     if config.tower is None or not isinstance(tuned, Tower):
         raise ValueError("--retrieval needs a model with a tower")
     frozen = build_tower(config.tower, cache).to(tuned.mean.device)
+    print(
+        "nearest neighbour: how many drawings of the unseen style are most like the same concept in a style of training"
+        "\n(cosine of mean features; with sets centred the mean of each style is subtracted first, that of the whole "
+        "test set too, which a model that is shown one picture does not know)"
+    )
     for name, tower in (("encoder as published", frozen), ("encoder of this model", tuned)):
         plain, centred = retrieval_accuracy(tower.eval(), cache)
         print(f"nearest neighbour, {name}: {100 * plain:.1f} %; with sets centred: {100 * centred:.1f} %", flush=True)
@@ -159,7 +164,7 @@ def _draws(folder: Path, args: argparse.Namespace) -> int:
     from accessory.evaluate import trigger
     from accessory.evaluate.drawn import Scorer
     from accessory.evaluate.gallery import Gallery, encoder
-    from accessory.evaluate.tally import LIKENESS_HEAD, RANKS_HEAD, likeness_line, split
+    from accessory.evaluate.tally import LEGEND, LIKENESS_HEAD, RANKS_HEAD, likeness_line, split
     from accessory.models.conditioner import DreamConditioner
     from accessory.models.generator import digest, for_inference, load_generator
     from accessory.parallel.groups import choose_device
@@ -174,10 +179,7 @@ def _draws(folder: Path, args: argparse.Namespace) -> int:
     sets = _sets(model, args)
     scorer = Scorer(model, Gallery(encoder(device, args.cache), args.cache), settings, seed, args.batch_size)
     n = len(scorer.gallery)
-    print(
-        f"R@k: the concept is among the k most similar of {n} real drawings in the style; look-alikes do not count.\n"
-    )
-    print(RANKS_HEAD, flush=True)
+    print(f"{folder}: {described(settings)}\n\n{LEGEND.format(n=n)}\n\n{RANKS_HEAD}", flush=True)
     entries = []
     for kind, asked in sets.items():
         entries += _kind(scorer, asked, _checked(scorer, asked, done.get(kind, {}), args.out), args.out, run)

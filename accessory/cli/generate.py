@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from accessory.models.generator import Generator
 
 MANIFEST = "manifest.jsonl"
+PICTURES = "pictures"
+OUT = f"where pictures go; none there is replaced (default: {PICTURES}, or {PICTURES}-2 and so on where it has some)"
 SOLVERS = ("euler", "midpoint", "heun", "heun3", "rk4", "dopri5", "dopri8", "sde", "ancestral")
 
 
@@ -34,8 +36,11 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each prompt, seeds rising")
     add_sampler_options(p)
-    p.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="default: pictures")
-    p.add_argument("--skip-existing", action="store_true", help="go on: leave pictures that are in DIR already")
+    p.add_argument("--out", type=Path, metavar="DIR", help=OUT)
+    p.add_argument(
+        "--skip-existing", action="store_true",
+        help="go on: leave pictures that are in DIR already (default: the last folder that has some)",
+    )  # fmt: skip
     p.add_argument("--batch", type=int, default=4, metavar="N", help="pictures made at once (default: 4)")
     p.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)")
     p.add_argument("--threads", type=int, help="CPU threads")
@@ -45,10 +50,35 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def add_sampler_options(p: argparse._ActionsContainer) -> None:
     """The options that :func:`adjusted` reads."""
-    p.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
-    p.add_argument("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; 1 is off")
-    p.add_argument("--solver", choices=SOLVERS)
-    p.add_argument("--time-shift", type=float, metavar="S", help="above 1: more steps near the noise")
+    own = "(default: the generator's own, which its config.yaml names and a run prints)"
+    p.add_argument("--steps", type=int, metavar="N", help=f"steps of the solver {own}")
+    p.add_argument("--guidance", type=float, metavar="S", help=f"how strongly to follow the prompt; 1 is off {own}")
+    p.add_argument("--solver", choices=SOLVERS, help=own)
+    p.add_argument("--time-shift", type=float, metavar="S", help=f"above 1: more steps near the noise {own}")
+
+
+def picture_folder(out: Path | None, *, resume: bool = False) -> Path:
+    """Where pictures go: ``out`` if it is given, otherwise the first of ``pictures``, ``pictures-2``, ... that holds
+    none, or to ``resume`` the last that holds some. Nothing in a folder is ever replaced."""
+    if out is not None:
+        return out
+    used = 0
+    while any(_numbered(used + 1).glob("*.png")):
+        used += 1
+    return _numbered(used if used and resume else used + 1)
+
+
+def _numbered(n: int) -> Path:
+    return Path(PICTURES if n == 1 else f"{PICTURES}-{n}")
+
+
+def described(settings: SamplerSettings) -> str:
+    """Steps, solver and guidance in words."""
+    words = [getattr(settings.solver, name, "") for name in ("kind", "name", "method")]
+    solver = " ".join(w for w in words if w not in ("", "ode")) or "the default solver"
+    return f"{settings.steps} steps of {solver}, guidance {settings.scale:g}" + (
+        " (off)" if settings.scale == 1 else ""
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +107,7 @@ def main(args: argparse.Namespace) -> int:
     if not 0 <= args.seed <= 2**63 - args.count:
         raise ValueError(f"--seed {args.seed} must lie between 0 and 2^63, with room for --count {args.count}")
     prompts, device, folder = _prompts(args), choose_device(args.device), find_generator(args.model)
+    args.out = picture_folder(args.out, resume=args.skip_existing)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=args.out):
         pass  # a folder that cannot be written to is found out before a model is loaded and a picture made
@@ -86,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
     size = _size(args, model.size, model.grain)
     model.check_size(size)
     settings = adjusted(model.settings, args)
-    if args.negative is not None and (settings.guidance is None or settings.guidance.scale == 1):
+    if args.negative is not None and settings.scale == 1:
         raise ValueError("--negative acts through guidance, and --guidance is 1 (off)")
     _tell_cuts([*prompts, *([args.negative] if args.negative else [])], model)
     jobs = [
@@ -100,9 +131,10 @@ def main(args: argparse.Namespace) -> int:
         "negative": args.negative, "width": size[0], "height": size[1], "settings": plain(settings),
         "model": digest(folder),
     }  # fmt: skip
-    out = Output(args.out, about, args.skip_existing)
+    out = Output(args.out, about, {"steps": settings.steps, "guidance": settings.scale}, args.skip_existing)
     todo = [job for job in jobs if out.wants(job)]
     left = len(jobs) - len(todo)
+    print(f"{folder}: {size[0]}x{size[1]} pixels, {described(settings)}", flush=True)
     try:
         _make(model, todo, out, args, settings)
     except (KeyboardInterrupt, OSError):
@@ -142,6 +174,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompts {args.prompts} is not UTF-8: {error}") from None
+        except FileNotFoundError:
+            raise ValueError(f"--prompts {args.prompts}: there is no such file; one prompt a line is wanted") from None
+        except OSError as error:
+            raise ValueError(f"--prompts {args.prompts} cannot be read: {error.strerror}") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ValueError(f"--prompts {args.prompts} holds no prompt: one a line is wanted")
@@ -192,10 +228,11 @@ def whole_entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Output:
-    """The folder of pictures; ``about`` is what all of them share in the manifest."""
+    """The folder of pictures; ``about`` is what all of them share in the manifest, ``short`` what of it is said once
+    more by a name of its own."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], skip: bool) -> None:
-        self.folder, self.about, self.skip, self.written = folder, about, skip, 0
+    def __init__(self, folder: Path, about: dict[str, Any], short: dict[str, Any], skip: bool) -> None:
+        self.folder, self.about, self.short, self.skip, self.written = folder, about, short, skip, 0
         self.manifest = folder / MANIFEST
         self.made = {entry["file"]: entry for entry in whole_entries(self.manifest)}
 
@@ -229,7 +266,8 @@ class Output:
             private.replace(path)
         finally:
             private.unlink(missing_ok=True)
-        entry = {"file": job.file, "prompt": job.prompt, "seed": job.seed, **self.about, "seconds": round(seconds, 3)}
+        said = {"file": job.file, "prompt": job.prompt, "seed": job.seed}
+        entry = {**said, **self.short, **self.about, "seconds": round(seconds, 3)}
         with self.manifest.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.written += 1

@@ -57,6 +57,7 @@ class FlagDiT(nn.Module):
     eol_token: nn.Parameter | None
     eof_token: nn.Parameter | None
     pad_token: nn.Parameter | None
+    seldom = ("pad_token",)  # training on pictures of one size has no padding to learn it from
 
     def __init__(self, config: FlagDiTConfig) -> None:
         super().__init__()

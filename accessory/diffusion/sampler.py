@@ -76,6 +76,16 @@ class SamplerSettings:
     guidance: Guidance | None = field(default_factory=Guidance)
     transport: Transport = field(default_factory=Transport)
 
+    @property
+    def steps(self) -> int:
+        """Of the solver: schedulers take one at each point of the grid, all others go from point to point."""
+        return self.grid.points - (not isinstance(self.solver, Ancestral | Scheduled))
+
+    @property
+    def scale(self) -> float:
+        """Of the guidance; 1 where there is none."""
+        return 1.0 if self.guidance is None else self.guidance.scale
+
 
 @torch.no_grad()
 def sample(

@@ -7,6 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 Entry = dict[str, Any]
+LEGEND = """\
+R@k: share of pictures whose concept is among the k most similar of {n} real drawings in the style that was asked for,
+with its 95 % interval; look-alikes do not count. cosine: plain compares an encoder's features as they are, centred
+first subtracts the mean of the real drawings in the style. shuffled: the same pictures, taken for another prompt's
+concept. chance: pictures that say nothing. real: the real drawing itself, through the generator's codec. other styles:
+its concept as the other styles draw it."""
 RANKS_HEAD = (
     "| prompts | pairs | style | pictures | cosine | R@1 (95 %) | R@5 (95 %) | shuffled R@1 / R@5 | chance R@1 / R@5 "
     "| real R@1 / R@5 | other styles R@1 / R@5 |\n|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|"

@@ -141,7 +141,7 @@ class Generator(nn.Module):
                 sizes that are not the number of prompts, and negative prompts without guidance.
         """
         settings = self.settings if settings is None else settings
-        guided = settings.guidance is not None and settings.guidance.scale != 1
+        guided = settings.scale != 1
         if negative is not None and not guided:
             raise ValueError("negative prompts act through guidance, and it is off (scale 1)")
         self._check(len(prompts), sizes, seeds)

@@ -8,6 +8,7 @@ alike; a picture that the cache holds is never encoded again.
 from __future__ import annotations
 
 import difflib
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -344,23 +345,27 @@ class Sessions(Generic[Talk]):
         return len(self._chats)
 
 
-def find_model(name: str | Path) -> Path:
-    """A model folder from its path or the name of a model that comes with a checkout; ValueError lists these."""
+def find_model(name: str | Path, *, generators: bool = False) -> Path:
+    """A model folder from its path or the name of a model that comes with a checkout; ValueError lists these.
+
+    ``generators``: one that draws will do as well.
+    """
     path = build.find(name)
     drawing = build.is_generator(path)
-    if (path / build.CONFIG_FILE).is_file() and not drawing:
+    if (path / build.CONFIG_FILE).is_file() and (generators or not drawing):
         return path
-    folders = (p.parent for p in build.SHIPPED.glob(f"*/{build.CONFIG_FILE}"))
-    shipped = sorted(p.name for p in folders if not build.is_generator(p))
-    there = f"shipped models are: {', '.join(shipped)}" if shipped else "this checkout ships no models"
+    folders = sorted(p.parent for p in build.SHIPPED.glob(f"*/{build.CONFIG_FILE}"))
+    kinds = {"models": [p.name for p in folders if not build.is_generator(p)]}
+    if generators:
+        kinds["generators"] = [p.name for p in folders if build.is_generator(p)]
+    there = "; ".join(f"shipped {kind} are: {', '.join(names)}" for kind, names in kinds.items() if names)
+    there = there or "this checkout ships no models"
     if drawing:
         raise ValueError(f"{name} is a generator, which makes pictures and does not speak; {there}")
     guesses = [str(path / "final")] if (path / "final" / build.CONFIG_FILE).is_file() else []
-    guesses += difflib.get_close_matches(path.name, shipped, n=1)
+    guesses += difflib.get_close_matches(path.name, itertools.chain(*kinds.values()), n=1)
     hint = f"; did you mean {guesses[0]}?" if guesses else ""
-    raise ValueError(
-        f"{name} is neither a model folder (with a {build.CONFIG_FILE}) nor a shipped model; {there}{hint}"
-    )
+    raise ValueError(f"{name} is neither a model folder (with a {build.CONFIG_FILE}) nor a shipped one; {there}{hint}")
 
 
 def load(

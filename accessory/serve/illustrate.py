@@ -144,7 +144,8 @@ class Controls:
 @dataclass(frozen=True)
 class Order:
     """What one answer is made with: ``first`` is the number of its first picture, ``said`` the question's text for
-    generators that read text alone, ``recent`` the prompt that ``last_k`` exchanges make, ``log`` takes records."""
+    the log and generators that read text alone, ``recent`` the prompt that ``last_k`` exchanges make, ``log`` takes
+    records."""
 
     controls: Controls
     first: int = 0
@@ -290,6 +291,7 @@ class Illustrated:
             settings=controls.settings or generator.settings,
             context=context,
             condition=condition.to("cpu"),
+            prompt=self._order.said,
         )
         self._spent["dream"] += time.perf_counter() - began
         self._events.append(ImageStart(index, self._record.seed, self._record.size))

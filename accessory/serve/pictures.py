@@ -37,6 +37,7 @@ class PictureRecord:
         index: number of the picture in its dialogue, from 0.
         context: digest of the positions and tiles that it was dreamt from.
         condition: of this one picture, on the CPU, as the denoiser saw it.
+        prompt: what the user said last before it; whether more was read, ``context`` knows.
     """
 
     index: int
@@ -46,6 +47,7 @@ class PictureRecord:
     settings: SamplerSettings
     context: str
     condition: Condition
+    prompt: str = ""
 
 
 @torch.no_grad()
@@ -56,9 +58,8 @@ def draw(generator: Generator, record: PictureRecord, on_step: OnStep | None = N
         ValueError: for a size that the generator cannot make, or settings that do not fit its denoiser.
     """
     device = next(generator.denoiser.parameters()).device
-    guidance, negative = record.settings.guidance, record.negative
-    null = None
-    if guidance is not None and guidance.scale != 1:
+    null, negative = None, record.negative
+    if record.settings.scale != 1:
         null = generator.null(1, None if negative is None else [negative])
     return generator.render(
         record.condition.to(device),
@@ -130,8 +131,11 @@ def save_records(records: Sequence[PictureRecord], folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in record.condition.parts().items()}, folder / name)
         facts = {
             "index": record.index,
+            "prompt": record.prompt,
             "seed": record.seed,
             "size": list(record.size),
+            "steps": record.settings.steps,
+            "guidance": record.settings.scale,
             "negative": record.negative,
             "settings": configuration.plain(record.settings),
             "context": record.context,
@@ -162,6 +166,7 @@ def load_records(folder: Path) -> list[PictureRecord]:
                 configuration.build(facts["settings"], SamplerSettings, f"{path}:{number}"),
                 facts["context"],
                 Condition(**load_file(path.parent / facts["condition"])),
+                facts.get("prompt", ""),
             )
         except (KeyError, IndexError, TypeError, OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}:{number} is no record of a picture ({error!r})") from error

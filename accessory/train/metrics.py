@@ -99,12 +99,11 @@ class Metrics:
 
     def show(self, row: Mapping[str, Any], left: float) -> None:
         """Tell the user: ``left`` seconds to go."""
-        text = " ".join(
-            (
-                f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f}",
-                f"{row['tokens_per_s']:.0f} tokens/s {row['images_per_s']:.1f} images/s {duration(left)} left",
-            )
-        )
+        parts = [f"loss {row['loss']:.4f} lr {row['lr']:.2e} norm {row['grad_norm']:.2f}"]
+        # Who draws reads no tokens, who reads may see no pictures.
+        parts += [f"{row['tokens_per_s']:.0f} tokens/s"] if row["tokens_per_s"] else []
+        parts += [f"{row['images_per_s']:.1f} images/s"] if row["images_per_s"] else []
+        text = " ".join([*parts, f"{duration(left)} left"])
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         else:

@@ -78,7 +78,8 @@ class Optimizer:
             n: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for n, p in self.parameters.items()
         }
-        self.unseen = set(self.parameters)  # names that never received a gradient
+        # Names that never received a gradient, though nothing says that they may go without.
+        self.unseen = set(self.parameters) - _seldom(model)
         self.groups = _groups(self.parameters, config)
         muon: list[dict[str, Any]] = []
         adamw: list[dict[str, Any]] = []
@@ -236,3 +237,12 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> dict
             "it or remove the group, e.g. train.groups=[]"
         )
     return out
+
+
+def _seldom(model: nn.Module) -> set[str]:
+    """Parameters that only some batches use: modules name theirs in ``seldom``."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "seldom", ())
+    }

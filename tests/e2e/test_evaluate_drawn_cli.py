@@ -45,6 +45,8 @@ def test_a_bridge_is_asked_in_four_ways(
     entries = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert Counter(e["kind"] for e in entries) == {"caption": 4, "request": 4, "indirect": 4, "riddle": 4}
     assert any("indirect: " in line and "left out" in line for line in said)
+    assert said[0] == f"{folders['dream']}: 2 steps of euler, guidance 3"
+    assert "cosine: plain compares an encoder's features as they are, centred" in "\n".join(said)
     table = tally.tables(entries).splitlines()
     rows = [line for line in said if line.startswith("|")]
     asked = rows.index(trigger.HEAD.splitlines()[0])
@@ -56,6 +58,18 @@ def test_a_bridge_is_asked_in_four_ways(
     with Image.open(page) as opened:
         assert opened.height > 16 * 96
     assert model_card.score_table(model_card.rows(out)) == tally.tables(entries)
+
+
+def test_a_folder_that_is_none_lists_all_that_could_be_scored(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("accessory.models.build.SHIPPED", folders["text"].parent)
+    assert run(Path("generator-txt")) == 2
+    said = capsys.readouterr().err
+    assert "shipped models are: tiny; shipped generators are: generator-dream, generator-text" in said
+    assert "did you mean generator-text?" in said
+    assert main(["chat", "--model", "nobody"]) == 2
+    assert "generator" not in capsys.readouterr().err  # which do not speak
 
 
 def test_an_interrupted_run_goes_on(

@@ -40,7 +40,9 @@ def test_pictures_and_manifest(folder: Path, tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "deep" / "out"
     options = ["--prompt", "a red cat", "--prompts", str(lines), "--count", "2", "--seed", "7", "--batch", "4"]
     assert run(folder, out, *options, "--size", "8x24", "--steps", "2", "--guidance", "2", "--time-shift", "3") == 0
-    assert "6 pictures in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 pictures in" in printed
+    assert f"{folder}: 8x24 pixels, 2 steps of euler, guidance 2\n" in printed
     names = [f"{i:05d}-{seed}.png" for i in range(3) for seed in (7, 8)]
     assert sorted(p.name for p in out.glob("*")) == [*names, "manifest.jsonl"]
     entries = manifest(out)
@@ -52,6 +54,7 @@ def test_pictures_and_manifest(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert first["settings"]["grid"]["points"] == 3
     assert first["settings"]["grid"]["shift"] == 3.0
     assert first["settings"]["guidance"]["scale"] == 2.0
+    assert (first["steps"], first["guidance"]) == (2, 2.0)
     assert len(first["model"]) == 16
     assert first["seconds"] >= 0
     assert all(Image.open(out / name).size == (8, 24) for name in names)
@@ -77,6 +80,36 @@ def test_what_is_there_is_skipped(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "another prompt: 'a boat'" in capsys.readouterr().err
     assert run(folder, tmp_path, "--prompt", "a boat", "--solver", "heun", "--skip-existing") == 2
     assert "another settings" in capsys.readouterr().err
+
+
+def test_without_a_folder_pictures_go_where_none_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["generate", "--model", str(folder), "--device", "cpu", "--steps", "1", "--prompt", "a boat"]
+    for name in ("pictures", "pictures-2"):
+        assert main(call) == 0
+        assert f"1 pictures in {name}\n" in capsys.readouterr().out
+    assert main([*call, "--count", "2", "--skip-existing"]) == 0  # goes on in the last
+    assert "1 pictures in pictures-2, 1 were there" in capsys.readouterr().out
+    assert main([*call, "--out", "pictures"]) == 2  # one that is named is taken at its word, and nothing is replaced
+    assert "00000-0.png exists" in capsys.readouterr().err
+    assert sorted(str(p) for p in Path().glob("*/*.png")) == [
+        "pictures-2/00000-0.png", "pictures-2/00000-1.png", "pictures/00000-0.png",
+    ]  # fmt: skip
+
+
+def test_what_was_not_asked_for_is_the_generators_own(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, tmp_path / "own", "--prompt", "a boat") == 0
+    assert "16x16 pixels, 3 steps of euler, guidance 3\n" in capsys.readouterr().out
+    assert run(folder, tmp_path / "off", "--prompt", "a boat", "--guidance", "1", "--solver", "sde") == 0
+    assert "3 steps of sde euler, guidance 1 (off)\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "steps of the solver (default: the generator's own, which its config.yaml names and a run prints)" in said
 
 
 def test_options_change_the_picture(folder: Path, tmp_path: Path) -> None:
@@ -201,7 +234,10 @@ def test_a_shipped_generator_is_known_by_name_from_anywhere(
         (["--prompts", "LATIN"], "LATIN is not UTF-8"),
         (["--prompt", "x", "--size", "0"], "nearest are 4x4"),
         ([], "nothing to show"),
-        (["--prompts", "EMPTY"], "holds no prompt"),
+        (["--prompts", "EMPTY"], "EMPTY holds no prompt: one a line is wanted"),
+        (["--prompts", "BLANK"], "BLANK holds no prompt: one a line is wanted"),
+        (["--prompts", "NOTHING"], "NOTHING: there is no such file; one prompt a line is wanted"),
+        (["--prompts", "FOLDER"], "FOLDER cannot be read: Is a directory"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -213,9 +249,11 @@ def test_mistakes_are_one_clear_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("accessory.models.build.SHIPPED", folder.parent)
-    (tmp_path / "EMPTY").write_text(" \n\n")
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "BLANK").write_text(" \n\n")
+    (tmp_path / "FOLDER").mkdir()
     (tmp_path / "LATIN").write_bytes("ein Bär".encode("latin-1"))
-    more = [str(tmp_path / m) if m in ("EMPTY", "LATIN") else m for m in more]
+    more = [str(tmp_path / m) if m in ("EMPTY", "BLANK", "NOTHING", "FOLDER", "LATIN") else m for m in more]
     assert run(folder, tmp_path / "out", *more) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from accessory.__main__ import VERBS, main
+from accessory.__main__ import VERBS, main, misspelt
 from tests.unit.train.squares import COLOURS, QUESTION, write_squares
 
 TESTS = Path(__file__).parents[1]
@@ -165,7 +165,32 @@ def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "x.yaml", "--nonsense"])
     assert caught.value.code == 2
-    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+    assert "unrecognized arguments: --nonsense\n" in capsys.readouterr().err
+
+
+MISSPELT = {
+    "train x.yaml --dry-rum": "--dry-run", "chat --modle x": "--model", "evaluate --model x --taks y": "--tasks",
+    "generate --promt=x": "--prompt", "fetch -lits": "--list", "convert a b --quantise=int4": "--quantize",
+    "plan x --bacth 2": "--batch",
+}  # fmt: skip
+
+
+def test_every_verb_suggests_the_option_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {line.split()[0] for line in MISSPELT} == {name for name, _ in VERBS}
+    for line, meant in MISSPELT.items():
+        with pytest.raises(SystemExit) as caught:
+            main(line.split())
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert f"python -m accessory {line.split()[0]}: error: unrecognized arguments: -" in said
+        assert f"(did you mean {meant}?)" in said
+
+
+def test_values_and_beginnings_are_no_misspelt_options() -> None:
+    known = ["--seed", "--prompt", "-h"]
+    right = ["x", "--see", "-1", "-.5", "--prompt=-x", "--prompt", "-x with -a blank", "--", "--anything"]
+    assert misspelt(right, known) == []
+    assert misspelt(["--sed", "--anything", "-x"], known) == ["--sed (did you mean --seed?)", "--anything", "-x"]
 
 
 def test_ctrl_c_is_told_to_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ import pytest
 
 from accessory.__main__ import main
 from accessory.data import assets
+from accessory.evaluate import trigger
+from accessory.evaluate.tally import LIKENESS_HEAD, RANKS_HEAD
 from tests.structure.source import ROOT
 from tests.tiny import tiny_model_dir
 
@@ -131,6 +133,14 @@ def test_every_path_exists() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert (ROOT / target).exists(), f"{page} links to {target}"
     assert seen >= 30
+
+
+def test_every_column_of_a_generators_scores_is_explained() -> None:
+    rows = [line.split("|")[1].strip() for line in (ROOT / "README.md").read_text().splitlines() if "| `" in line]
+    heads = (RANKS_HEAD, LIKENESS_HEAD, trigger.HEAD)
+    columns = {cell.strip() for head in heads for cell in head.splitlines()[0].strip("|").split("|")}
+    assert len(columns) == 20
+    assert {f"`{column}`" for column in columns} <= set(rows)
 
 
 def test_the_first_screen() -> None:

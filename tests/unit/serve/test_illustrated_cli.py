@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def test_answers_hold_pictures_as_files_with_their_log(
     names = ["picture_000.png", "picture_001.png"]
     assert all(f"[{out / name}]" in printed for name in names)
     records = load_records(out)
+    assert [r.prompt for r in records] == ["Draw a cat.", "And a dog."]
+    logged = [json.loads(line) for line in (out / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(e["prompt"], e["seed"]) for e in logged] == [(r.prompt, r.seed) for r in records]
+    assert all((e["steps"], e["guidance"], e["size"]) == (3, 3.0, [16, 16]) for e in logged)
     made = load(model, generator, device="cpu")
     assert made.dream is not None, "the bridge stands on the model that speaks"
     for name, record in zip(names, records, strict=True):
@@ -68,6 +73,9 @@ def test_a_shipped_generator_is_known_by_name_and_old_pictures_stay(
         assert f"[{name}/picture_000.png]" in capsys.readouterr().out
         before.append((tmp_path / name / "picture_000.png").read_bytes())
     assert len(set(before)) == 3
+    for name in ("pictures", "pictures-2"):  # a folder that is named is taken at its word
+        assert main(["chat", *options, "--ask", "a cat", "--out", name]) == 2
+        assert f"error: {name} holds pictures of an earlier dialogue; --out" in capsys.readouterr().err
     assert [(tmp_path / n / "picture_000.png").read_bytes() for n in ("pictures", "pictures-2")] == before[:2]
 
 

@@ -36,6 +36,12 @@ def test_a_refused_question_is_shown_but_was_never_asked() -> None:
     assert asked(later) == ["One?", "Three?"]
 
 
+def test_help_says_what_a_generator_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "without it answers are text" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_device_that_is_not_there_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from accessory.data.collate import collate
 from accessory.data.encode import DreamLayout, Encoder
 from accessory.diffusion.condition import Condition
+from accessory.diffusion.flag_dit import FlagDiT
 from accessory.models.dream_loss import DreamLossConfig
 from accessory.models.dream_spans import NullPolicy
 from accessory.models.generator import Generator
@@ -46,6 +47,23 @@ def settings(folder: Path, **options: Any) -> TrainConfig:
 
 def trained(model: Generator) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_who_draws_is_not_asked_for_tokens_or_padding(
+    told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures of one size have no padding; without the denoiser's word for it, its token would be blamed."""
+    caplog.set_level("INFO", "accessory")
+    if not told:
+        monkeypatch.setattr(FlagDiT, "seldom", ())
+    run = settings(tmp_path / "run", max_steps=1)
+    train(draw_model(tmp_path), caption_loader(tmp_path, 4), DiffusionObjective(NEVER, 0), run)
+    assert "images/s" in caplog.text
+    assert "tokens/s" not in caplog.text
+    blamed = "1 trainable parameters never received a gradient: ['denoiser.pad_token']"
+    assert (blamed in caplog.text) == (not told)
+    assert ("never received" in caplog.text) == (not told)
 
 
 def test_captions_become_prompts_and_pictures(tmp_path: Path) -> None:

@@ -165,15 +165,20 @@ def test_a_model_starts_as_its_base_and_only_the_new_trains(tmp_path: Path, base
 
 
 def test_lora_on_lora_folds_the_base(tmp_path: Path, base: Path) -> None:
-    made = build.build(ModelConfig(base=str(base), tuning=SPECS["lora"]), train=True)
+    check_lora_on(base, tmp_path / "top")
+
+
+def check_lora_on(base: Path, top: Path) -> None:
+    """A fresh LoRA changes nothing, alone trains, matters, and is saved."""
     wanted = outputs(build.load(base))
+    made = build.build(ModelConfig(base=str(base), tuning=SPECS["lora"]), train=True)
     torch.testing.assert_close(outputs(made), wanted, rtol=1e-3, atol=1e-4)
     assert all(".delta." in n for n in trainable_state(made.net))
     disturb(made.net)
     moved = outputs(made)
     assert (moved - wanted).abs().max() > 1e-3
-    build.save(made, tmp_path / "top")
-    assert torch.equal(outputs(build.load(tmp_path / "top")), moved)
+    build.save(made, top)
+    assert torch.equal(outputs(build.load(top)), moved)
 
 
 @pytest.fixture
@@ -186,15 +191,7 @@ def prefixed(tmp_path: Path, base: Path) -> Path:
 
 
 def test_lora_goes_on_a_base_with_lora_and_prefix(tmp_path: Path, prefixed: Path) -> None:
-    wanted = outputs(build.load(prefixed))
-    made = build.build(ModelConfig(base=str(prefixed), tuning=SPECS["lora"]), train=True)
-    torch.testing.assert_close(outputs(made), wanted, rtol=1e-3, atol=1e-4)
-    assert all(".delta." in n for n in trainable_state(made.net))
-    disturb(made.net)
-    moved = outputs(made)
-    assert (moved - wanted).abs().max() > 1e-3
-    build.save(made, tmp_path / "top")
-    assert torch.equal(outputs(build.load(tmp_path / "top")), moved)
+    check_lora_on(prefixed, tmp_path / "top")
 
 
 @pytest.mark.parametrize("kind", ["prefix", "bias"])

@@ -75,7 +75,7 @@ def _parse(parser: argparse.ArgumentParser, verb: argparse.ArgumentParser, argum
     if wrong := misspelt(arguments[1:], [name for action in verb._actions for name in action.option_strings]):
         verb.error(f"unrecognized arguments: {', '.join(wrong)}")
     args, rest = parser.parse_known_args(arguments)
-    if rest and not hasattr(args, "overrides"):
+    if rest and (not hasattr(args, "overrides") or any(r.startswith("-") for r in rest)):
         verb.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]

@@ -130,7 +130,7 @@ def caption_loader(folder: Path, batch_size: int, rank: int = 0, world: int = 1,
     return open_captions(write_captions(folder, n), batch_size, rank=rank, world=world)
 
 
-def open_captions(path: Path, batch_size: int, fit: Fit | None = None, **options: int) -> Loader:
+def open_captions(path: Path, batch_size: int, fit: Fit | None = None, **options: Any) -> Loader:
     """Batches of the rows of a file like that of :func:`write_captions`."""
     source = open_source(FileConfig("captions", path=str(path), columns={"image": "file", "caption": "text"}))
     return Loader(Mixture([source], seed=3), TargetEncoder(SIZE, fit), batch_size, **options)

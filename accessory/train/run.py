@@ -74,7 +74,8 @@ def started(
 ) -> Result | None:
     """Train, among the ranks that there are, what a file says in the fields of ``kind``; with ``dry_run`` build
     everything, describe it and return None. ``run`` is told the configuration and what stands around it."""
-    config, world = configuration.load(path, kind, overrides), groups.setup()
+    config: Any = configuration.load(path, kind, overrides)
+    world = groups.setup()
     try:
         return run(config, resume, folder=Path(path).parent, device=world.device, dry_run=dry_run)
     finally:

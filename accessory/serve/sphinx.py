@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from accessory.backbone.generate import Sampling, StopMatcher, generate
-from accessory.data.encode import Encoder
 from accessory.data.image import open_picture
 from accessory.data.template import BOS, Template
 from accessory.data.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ from accessory.models.build import Model
 from accessory.models.likelihood import Likelihood, hidden, likelihoods
 from accessory.schema import Encoded, Picture, Turn
 from accessory.serve import chat
-from accessory.serve.answer import Answer, Prompt, content_keys
+from accessory.serve.answer import Answer, Prompt
 from accessory.serve.media import Limits, user_turn
 from accessory.tokens import IGNORE
 
@@ -43,12 +42,9 @@ class MetaModel:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        e, words = model.encoder, model.tokenizer
-        begin = () if words.bos_id is None else (BOS,)
+        begin = () if model.tokenizer.bos_id is None else (BOS,)
         raw = Template(name="raw", begin=begin, pictures_first=True, strip=False)
-        self._raw = replace(
-            model, encoder=Encoder(words, raw, e.tiling, e.tokens_per_tile, e.max_length, start_end=e.start_end)
-        )
+        self._raw = replace(model, encoder=model.encoder.under(raw))
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str | Path, **options: Any) -> MetaModel:
@@ -149,11 +145,9 @@ class MetaModel:
         rows = [
             self._fit(p, i, max_gen_len) for p, i in zip(prompts, self._pictures(images, len(prompts)), strict=True)
         ]
-        net = self.model.net
-        device = next(net.parameters()).device
-        x = [net.embed(r.ids[None].to(device), r.tiles.to(device) if len(r.tiles) else None)[0] for r in rows]
+        x, context = self.model.net.prompts(rows)
         texts = []
-        for ids in generate(net.backbone, x, sampling=sampling):
+        for ids in generate(self.model.net.backbone, x, sampling=sampling, context=context):
             text = self.tokenizer.decode([t for t in ids if t not in sampling.stop_ids], glued=True)
             matcher = StopMatcher(sampling.stop)
             texts.append(matcher.push(text)[0] + matcher.flush())
@@ -172,10 +166,8 @@ class MetaModel:
         """``{"text": all that was said so far, "end_of_content": whether it is all}``, a token at a time."""
         sampling = self._sampling(max_gen_len, temperature, top_p, additional_stop_symbols, seed)
         row = self._fit(prompt, self._pictures(images, 1)[0], max_gen_len)
-        per_tile = self.model.encoder.tokens_per_tile
-        asked = Prompt(row.ids, row.tiles, content_keys(row.ids, row.tiles, per_tile), per_tile)
         cache = self.model.net.backbone.cache(1, len(row.ids) + max_gen_len + 1)
-        answer = Answer(self._raw, cache, asked, sampling, 0)
+        answer = Answer(self._raw, cache, Prompt.of_row(self.model, row), sampling, 0)
         while not answer.finished:
             answer.step()
             yield {"text": answer.text, "end_of_content": answer.finished}

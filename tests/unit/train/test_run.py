@@ -112,7 +112,7 @@ def test_a_resumed_run_takes_nothing_from_its_start(tmp_path: Path) -> None:
 def test_pictures_are_learned_through_the_prefix(tmp_path: Path, early: int | None) -> None:
     """A file of pictures and texts trains a LLaMA-Adapter, whose pictures have no other way in; a run that is cut off
     and resumed ends as one that was not, and the folder answers."""
-    path = write_squares(tmp_path, 80)
+    path = write_squares(tmp_path, 120)
     text = {"id": "text", "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "none"}]}
     with (tmp_path / "squares.jsonl").open("a") as file:
         file.write(json.dumps(text) + "\n")
@@ -125,7 +125,7 @@ def test_pictures_are_learned_through_the_prefix(tmp_path: Path, early: int | No
             "model.resampler={length: 3, width: 16, depth: 1, heads: 2}",
             f"model.tuning=[{{{prefix}}}, {{kind: train, patterns: ['backbone.*', 'resampler.*', 'tower.*']}}]",
             "train.batch_size=5",
-            "train.checkpoint_every=40",
+            "train.checkpoint_every=60",
             "train.keep_last=3",
         ],
     )
@@ -135,7 +135,7 @@ def test_pictures_are_learned_through_the_prefix(tmp_path: Path, early: int | No
     whole = load_file(result.final / build.WEIGHTS_FILE)
     assert {n.split(".")[0] for n in whole} == {"backbone", "resampler", "tower"}
     shutil.rmtree(result.final)
-    shutil.rmtree(checkpoint.folder(config.train.output_dir, 80))
+    shutil.rmtree(checkpoint.folder(config.train.output_dir, 120))
     again = run(config, "auto", folder=tmp_path)
     assert again is not None
     assert again.final is not None

@@ -120,6 +120,7 @@ class Batch:
     """Right-padded samples. ``ids``, ``labels``, ``mask`` (B,T); ``tiles`` (N,3,S,S) in reading order of the batch.
 
     ``mask`` is True on real positions. N may be 0, and T for prompts with their pictures, which are ``targets``.
+    ``counts`` (B): the tiles of each row, which its ids do not say where pictures take no position; None: only they do.
     """
 
     ids: Tensor
@@ -128,6 +129,7 @@ class Batch:
     tiles: Tensor
     sources: tuple[str, ...] = ()
     targets: Targets | None = None
+    counts: Tensor | None = None
 
     @property
     def images(self) -> int:
@@ -143,4 +145,5 @@ class Batch:
             self.tiles.to(device),
             self.sources,
             None if self.targets is None else self.targets.to(device),
+            None if self.counts is None else self.counts.to(device),
         )

@@ -25,11 +25,12 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a bare clone, wherever it 
 
 from accessory.data.assets import AssetError  # noqa: E402
 from accessory.schema import Turn  # noqa: E402
-from accessory.serve.chat import Chat, Dialogue, Notice, Sessions, load  # noqa: E402
+from accessory.serve.chat import Chat, Dialogue, Notice, load  # noqa: E402
 from accessory.serve.illustrate import Controls, ImageDone, ImagePreview, ImageStart, TextDelta  # noqa: E402
 from accessory.serve.illustrated_chat import MODES, IllustratedChat, IllustratedModel, of_mode  # noqa: E402
 from accessory.serve.illustrated_chat import load as load_illustrated  # noqa: E402
 from accessory.serve.media import SUFFIXES, user_turn  # noqa: E402
+from accessory.serve.sessions import Sessions  # noqa: E402
 
 TITLE = "Accessory"
 DESCRIPTION = (

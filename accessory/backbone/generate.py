@@ -126,13 +126,15 @@ def stream(
     mask: Tensor | None = None,
     cache: KVCache | None = None,
     sampling: Sampling | Sequence[Sampling],
+    context: Tensor | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue embedded prompts ``x`` (B, T, D), one list of B tokens a step; None where a row has already ended.
 
     ``ids`` (B, any): tokens that the repetition penalty counts besides the generated ones; negative ids (placeholders,
     padding) do not count. ``mask`` (B, past + T): False on padding, which stands left of a row. ``cache``: its
     positions precede ``x``; it must have room for T + max_new_tokens - 1 more. ``sampling``: one for all rows or one
-    a row. Each row has its own generator, seeded with its own ``seed``.
+    a row. Each row has its own generator, seeded with its own ``seed``. ``context`` (B, M, D): what the prefixes see
+    besides; None goes on with that of the cache.
 
     The cache at every yield, and so whenever the caller stops, holds the earlier positions, ``x`` and all tokens
     yielded before the current list: **the newest token is never in the cache**. A chat's next turn therefore starts
@@ -159,13 +161,15 @@ def stream(
     if mask is not None and bool(mask.all()):
         mask = None  # plain causal attention is faster than a mask that allows everything
     rows = [Row(s, model.config.vocab_size, None if ids is None else ids[i], x.device) for i, s in enumerate(samplings)]
-    return _steps(model, x, mask, cache, rows)
+    return _steps(model, x, mask, cache, rows, context)
 
 
 @torch.inference_mode()
-def _steps(model: Llama, x: Tensor, mask: Tensor | None, cache: KVCache, rows: list[Row]) -> Iterator[list[int | None]]:
+def _steps(
+    model: Llama, x: Tensor, mask: Tensor | None, cache: KVCache, rows: list[Row], context: Tensor | None
+) -> Iterator[list[int | None]]:
     # Only the last position is scored: a vocabulary row for each prompt token would cost more than the prompt.
-    scores = model.logits(model(x, mask=mask, cache=cache)[:, -1:])
+    scores = model.logits(model(x, mask=mask, cache=cache, context=context)[:, -1:])
     key = None if model.step is None or mask is not None else model.step.key(model)
     while True:
         last = scores[:, 0].float()
@@ -195,10 +199,12 @@ def generate(
     *,
     ids: Sequence[Tensor] | None = None,
     sampling: Sampling | Sequence[Sampling],
+    context: Tensor | None = None,
 ) -> list[list[int]]:
     """Continue embedded prompts (T_i, D) of unequal lengths together; a stop id that ended a row is its last token.
 
-    ``ids``: (T_i) each, for the repetition penalty. In fp32 the answer is that of one prompt at a time.
+    ``ids``: (T_i) each, for the repetition penalty. ``context``: as :func:`stream` takes it. In fp32 the answer is that
+    of one prompt at a time.
     """
     if not prompts:
         return []
@@ -208,7 +214,7 @@ def generate(
     ones = [torch.ones(len(p), dtype=torch.bool, device=x.device) for p in prompts]
     padded = None if ids is None else _pad_left(ids, _NO_TOKEN)
     answers: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, x, ids=padded, mask=_pad_left(ones, 0), sampling=sampling):
+    for step in stream(model, x, ids=padded, mask=_pad_left(ones, 0), sampling=sampling, context=context):
         for answer, token in zip(answers, step, strict=True):
             if token is not None:
                 answer.append(token)

@@ -184,9 +184,13 @@ class Llama(nn.Module):
         ``positions``: (B, T); by default they count on from the cache, and only real positions count when a ``mask``
         is given. ``mask``: True on real positions, (B, S) over cached and new positions, or a full boolean
         (B, 1, T, S) that replaces the causal rule. ``tap``: None for final normed states; k for the un-normed output
-        of block k (negative from the end; later blocks do not run); a tuple for several. ``context``: (B, M, D).
+        of block k (negative from the end; later blocks do not run); a tuple for several. ``context``: (B, M, D) tokens
+        for the prefixes; a cache remembers them for the steps that follow.
         """
         t, past = x.shape[1], 0 if cache is None else cache.length
+        if cache is not None:
+            context = cache.context if context is None else context
+            cache.context = context
         if positions is None:
             positions = default_positions(mask, past, t, x.device)
         c = self.config

@@ -22,7 +22,7 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
         n = len(row.ids)
         ids[i, :n], labels[i, :n], mask[i, :n] = row.ids, row.labels, True
     tiles, sources = torch.cat([r.tiles for r in rows]), tuple(r.source for r in rows)
-    return Batch(ids, labels, mask, tiles, sources, _targets(rows))
+    return Batch(ids, labels, mask, tiles, sources, _targets(rows), torch.tensor([len(r.tiles) for r in rows]))
 
 
 def _targets(rows: Sequence[Encoded]) -> Targets | None:

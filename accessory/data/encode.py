@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -37,7 +38,8 @@ class Encoder:
     A real tile becomes ``tokens_per_tile`` image placeholders (between a start and an end placeholder when
     ``start_end``), or several such runs where that is a sequence of numbers, one for every view that the tower takes of
     a tile; a blank one becomes a single skip placeholder. Rows longer than ``max_length`` positions are rejected whole:
-    no run of placeholders is ever cut.
+    no run of placeholders is ever cut. ``tokens_per_tile`` None: pictures leave no placeholder at all, not even blank
+    tiles do, because they enter elsewhere (LLaMA-Adapter). ``max_tiles``: the most that a dialogue may bring.
     """
 
     def __init__(
@@ -45,13 +47,15 @@ class Encoder:
         tokenizer: Tokenizer,
         template: Template,
         tiling: TilingConfig,
-        tokens_per_tile: int | Sequence[int],
+        tokens_per_tile: int | Sequence[int] | None,
         max_length: int,
         start_end: bool = False,
         dream: DreamLayout | None = None,
+        max_tiles: int | None = None,
     ) -> None:
-        self.runs = (tokens_per_tile,) if isinstance(tokens_per_tile, int) else tuple(tokens_per_tile)
-        if min(self.runs, default=0) < 1 or max_length < 2:
+        given = (tokens_per_tile,) if isinstance(tokens_per_tile, int) else tokens_per_tile
+        self.runs = () if given is None else tuple(given)
+        if (given is not None and min(self.runs, default=0) < 1) or max_length < 2:
             raise ValueError(f"tokens_per_tile {tokens_per_tile} must be at least 1 and max_length {max_length} 2")
         self.tokenizer = tokenizer
         self.template = template
@@ -60,6 +64,13 @@ class Encoder:
         self.max_length = max_length
         self.start_end = start_end
         self.dream = dream
+        self.max_tiles = max_tiles
+
+    def under(self, template: Template) -> Encoder:
+        """The same, writing dialogues by another template."""
+        made = copy.copy(self)
+        made.template = template
+        return made
 
     @property
     def positions_per_tile(self) -> int:
@@ -102,7 +113,7 @@ class Encoder:
         return Encoded(made, made.clone(), torch.zeros(0, 3, self.tiling.size, self.tiling.size))
 
     def row(self, turns: Sequence[Turn], *, generate: bool = False) -> Encoded:
-        """Ids, labels and tiles of turns, whatever their length."""
+        """Ids, labels and tiles of turns, whatever their length; ValueError for more tiles than ``max_tiles``."""
         ids: list[int] = []
         labels: list[int] = []
         tiles: list[torch.Tensor] = []
@@ -124,11 +135,16 @@ class Encoder:
                 glued = True
             elif segment.content == BOS:
                 glued = False
-        empty = torch.zeros(0, 3, self.tiling.size, self.tiling.size)
+        pixels = torch.cat(tiles) if tiles else torch.zeros(0, 3, self.tiling.size, self.tiling.size)
+        if self.max_tiles is not None and len(pixels) > self.max_tiles:
+            raise ValueError(
+                f"{sum(len(t.pictures) for t in turns)} pictures ({len(pixels)} tiles) in one dialogue, this model "
+                f"takes {self.max_tiles} through its visual prefix (model.resampler.max_tiles)"
+            )
         return Encoded(
             torch.tensor(ids, dtype=torch.long),
             torch.tensor(labels, dtype=torch.long),
-            torch.cat(tiles) if tiles else empty,
+            pixels,
             targets=tuple(targets),
         )
 
@@ -151,6 +167,8 @@ class Encoder:
         image = open_picture(picture.source)
         plan = self.tiling.plan(*image.size)
         tiles.append(cut(image, plan))
+        if not self.runs:
+            return []
         real = tile_ids(self.runs, self.start_end)
         return [i for tile in plan.tiles for i in ([SKIP] if tile.blank else real)]
 

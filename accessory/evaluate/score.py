@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from accessory.backbone.generate import Sampling, generate
 from accessory.data.builtin import build
 from accessory.evaluate.metrics import judge
 from accessory.models.build import Model
-from accessory.schema import Encoded, Sample, Turn
+from accessory.schema import Sample, Turn
 
 Control = Literal["none", "shuffled", "blind"]
 TASKS: tuple[str, ...] = (
@@ -125,24 +124,10 @@ def answers(
     sampling = sampling or Sampling(max_new_tokens=max_new_tokens)
     stop = tuple(model.tokenizer.special(n) for n in model.template.stop_controls)
     sampling = replace(sampling, stop_ids=tuple(dict.fromkeys((*stop, *sampling.stop_ids))))
-    tokens = generate(model.net.backbone, list(prompts(model, rows)), sampling=sampling)
+    x, context = model.net.prompts(rows)
+    tokens = generate(model.net.backbone, x, sampling=sampling, context=context)
     texts = [model.tokenizer.decode([t for t in row if t not in sampling.stop_ids]) for row in tokens]
     return [_cut(text, (*model.template.stop_texts, *sampling.stop)).strip() for text in texts]
-
-
-def prompts(model: Model, rows: Sequence[Encoded]) -> Iterator[Tensor]:
-    """Input vectors (T, D) of every row; the tiles of all rows are encoded together."""
-    if model.net.resampler is not None:  # its prefix would be missing, and the score another model's
-        raise ValueError("scores of models that see through a visual prefix (resampler) are not supported yet")
-    device = next(model.net.parameters()).device
-    tiles = torch.cat([r.tiles for r in rows]).to(device)
-    features = model.net.encode(tiles) if model.net.projector is not None and len(tiles) else None
-    at = 0
-    for row in rows:
-        n = len(row.tiles)
-        mine = None if features is None or n == 0 else features[at : at + n]
-        at += n
-        yield model.net.embed(row.ids[None].to(device), features=mine)[0]
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

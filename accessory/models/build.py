@@ -136,12 +136,19 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Features as LLaMA-Adapter's visual prefix: ``length`` tokens, added to the zero-init prefixes."""
+    """Features as LLaMA-Adapter's visual prefix: ``length`` tokens, added to the zero-init prefixes. Without a
+    projector pictures take no position. A dialogue brings at most ``max_tiles``, whose mean the prefix is; the
+    published models take one picture."""
 
     length: int = 10
     width: int = 256
     depth: int = 2
     heads: int = 8
+    max_tiles: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_tiles < 1:
+            raise ValueError(f"resampler.max_tiles must be at least 1, got {self.max_tiles}")
 
 
 @dataclass(frozen=True)
@@ -211,9 +218,10 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         words,
         template.get(config.template),
         config.tiling,
-        projector.runs(tower.runs) if tower is not None and projector is not None else 1,
+        net.runs,
         config.max_length,
         start_end=config.projector is not None and config.projector.start_end,
+        max_tiles=None if config.resampler is None else config.resampler.max_tiles,
     )
     return Model(net.train(train), words, encoder, config)
 

@@ -61,14 +61,14 @@ def hidden(model: Model, rows: Sequence[Encoded]) -> Tensor:
     ids, tiles = batch.ids.to(device), batch.tiles.to(device)
     if not len(tiles):
         return model.net(ids)
-    if model.net.projector is None:
-        return model.net(ids, tiles)
     first: dict[bytes, int] = {}
     places = [first.setdefault(t.numpy().tobytes(), len(first)) for t in batch.tiles]
     unique = [places.index(k) for k in range(len(first))]
-    features = model.net.encode(tiles[unique])[places]
+    features = None if model.net.projector is None else model.net.encode(tiles[unique])[places]
+    prefixes = None if model.net.resampler is None else model.net.prefixes(tiles[unique])[places]
+    context = model.net.context(ids, tiles, batch.to(device).counts, prefixes)
     # Attention is causal and padding stands behind a row's end, so that no mask is needed.
-    return model.net(ids, tiles, features=features)
+    return model.net(ids, tiles, features=features, context=context)
 
 
 @torch.inference_mode()

@@ -9,8 +9,11 @@ class KVCache:
 
     A forward writes its T new positions with :meth:`append`, layer by layer, and :meth:`advance` moves the end once.
     :meth:`truncate` forgets the newest positions, so that a chat can drop the tail that it does not share with the
-    next turn.
+    next turn. ``context`` (B, M, D): the visual prefix that the positions were read with, for those that follow; the
+    backbone notes it here, and it is forgotten with the first position.
     """
+
+    context: Tensor | None = None
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
+        if length == 0:
+            self.context = None
 
 
 class Past(KVCache):
@@ -76,6 +81,7 @@ class Past(KVCache):
 
     def __init__(self, cache: KVCache) -> None:
         self.keys, self.values, self.length = cache.keys, cache.values, cache.length
+        self.context = cache.context
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The cached positions of ``layer`` with (B, K, T, A) behind them; nothing is kept."""

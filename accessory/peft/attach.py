@@ -36,13 +36,19 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class PrefixSpec:
-    """Zero-init prefixes of ``length`` tokens in the top ``layers`` blocks (None: in all)."""
+    """Zero-init prefixes of ``length`` tokens in the top ``layers`` blocks (None: in all).
+
+    What a picture brings is added to the tokens of all of them (LLaMA-Adapter V1 and the released V2), or with
+    ``early`` to those of one more prefix, of so many tokens in the first block, while the others see no picture (the
+    early fusion of the V2 paper: 20 beside the top 31 of 32 blocks).
+    """
 
     length: int = 10
     layers: int | None = None
     gate: Gate = "tanh"
     new_gate: bool = False
     init_std: float = 1.0
+    early: int | None = None
     kind: Literal["prefix"] = "prefix"
 
 
@@ -162,6 +168,11 @@ def _check(backbone: nn.Module, specs: Sequence[TuningSpec]) -> None:
             n = len(_attentions(backbone))
             if spec.layers is not None and not 1 <= spec.layers <= n:
                 raise ValueError(f"prefix layers must be in [1, {n}], got {spec.layers}")
+            if spec.early is not None and (spec.early < 1 or spec.layers in (None, n)):
+                raise ValueError(
+                    f"prefix early {spec.early} takes at least 1 token and the first block for itself: layers must be "
+                    f"below {n}, got {spec.layers}"
+                )
 
 
 def _attentions(backbone: nn.Module) -> list[Attention]:
@@ -193,10 +204,12 @@ def _targets(backbone: nn.Module, targets: Sequence[str]) -> list[tuple[str, Lin
 
 def _add_prefixes(backbone: nn.Module, spec: PrefixSpec, dtype: torch.dtype | None) -> None:
     attentions = _attentions(backbone)
-    for attention in attentions[len(attentions) - (spec.layers or len(attentions)) :]:
+    late = attentions[len(attentions) - (spec.layers or len(attentions)) :]
+    first = [] if spec.early is None else [(attentions[0], spec.early, True)]
+    for attention, length, sees in (*first, *((a, spec.length, spec.early is None) for a in late)):
         width, dim = stated(attention.wq).shape
         prefix = ZeroInitPrefix(
-            width // attention.head_dim, attention.head_dim, dim, spec.length, spec.gate, spec.new_gate, spec.init_std
+            width // attention.head_dim, attention.head_dim, dim, length, spec.gate, spec.new_gate, spec.init_std, sees
         )
         attention.prefix = prefix.to(stated(attention.wq).device, added_dtype(attention.wq, dtype))
 

@@ -15,7 +15,10 @@ class ZeroInitPrefix(nn.Module):
 
     The tokens go raw (no norm) through the layer's own ``wk`` and ``wv``, with whatever hangs on those, and their keys
     are not rotated. The gate is one number per query head, through tanh or raw, and starts at zero: a fresh prefix
-    changes nothing. ``new_gate`` adds one more factor for the whole layer, starting at one.
+    changes nothing. ``new_gate`` adds one more factor for the whole layer, starting at one. ``sees`` False: the tokens
+    stay as they are, whatever the context.
+
+    One token is ImageBind-LLM's attention-free form: its softmax is 1, so that ``gate * wv(token)`` is added.
     """
 
     new_gate: nn.Parameter | None
@@ -29,6 +32,7 @@ class ZeroInitPrefix(nn.Module):
         gate: Gate = "tanh",
         new_gate: bool = False,
         init_std: float = 1.0,
+        sees: bool = True,
     ) -> None:
         super().__init__()
         if length < 1:
@@ -36,7 +40,7 @@ class ZeroInitPrefix(nn.Module):
         if gate not in ("tanh", "raw"):
             raise ValueError(f"prefix gate must be 'tanh' or 'raw', got {gate!r}")
         self.head_dim = head_dim
-        self.tanh = gate == "tanh"
+        self.tanh, self.sees = gate == "tanh", sees
         self.tokens = nn.Parameter(torch.randn(length, dim) * init_std)
         self.gate = nn.Parameter(torch.zeros(n_heads))
         self.register_parameter("new_gate", nn.Parameter(torch.ones(1)) if new_gate else None)
@@ -50,7 +54,7 @@ class ZeroInitPrefix(nn.Module):
             ValueError: when ``context`` has another number of tokens than the prefix.
         """
         tokens = self.tokens.to(q.dtype)[None]
-        if context is not None:
+        if context is not None and self.sees:
             if context.shape[1] != tokens.shape[1]:
                 raise ValueError(f"context has {context.shape[1]} tokens, the prefix has length {tokens.shape[1]}")
             tokens = tokens + context.to(q.dtype)

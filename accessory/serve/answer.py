@@ -12,7 +12,7 @@ import torch
 from accessory.backbone.generate import Sampling, StopMatcher, stream
 from accessory.models.build import Model
 from accessory.nn.cache import KVCache
-from accessory.schema import Part, Turn
+from accessory.schema import Encoded, Part, Turn
 from accessory.tokens import IMAGE
 
 
@@ -30,7 +30,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered dialogue. ``keys`` are the ids with the content of its tile in place of every image placeholder."""
+    """A rendered dialogue. ``keys`` are what its positions hold, see :func:`content_keys`; ``tokens_per_tile`` 0 where
+    pictures take no position."""
 
     ids: torch.Tensor
     tiles: torch.Tensor
@@ -40,31 +41,41 @@ class Prompt:
     @classmethod
     def of(cls, model: Model, turns: Sequence[Turn]) -> Prompt:
         """The prompt that asks for an answer to ``turns``."""
-        row, per_tile = model.encoder.row(turns, generate=True), model.encoder.tokens_per_tile
-        return cls(row.ids, row.tiles, content_keys(row.ids, row.tiles, per_tile), per_tile)
+        return cls.of_row(model, model.encoder.row(turns, generate=True))
+
+    @classmethod
+    def of_row(cls, model: Model, row: Encoded) -> Prompt:
+        """The prompt that a row of that model is."""
+        per_tile, prefixed = model.encoder.tokens_per_tile, model.net.resampler is not None
+        return cls(row.ids, row.tiles, content_keys(row.ids, row.tiles, per_tile, prefixed), per_tile)
 
     def reusable(self, held: Sequence[int | bytes]) -> int:
         """Leading positions that a cache of ``held`` spares: whole tiles only, and never all of the prompt."""
         keep = min(common(held, self.keys), len(self.ids) - 1)
-        while self._seen(keep) % self.tokens_per_tile:
+        while self.tokens_per_tile and self._seen(keep) % self.tokens_per_tile:
             keep -= 1
         return keep
 
     def tiles_from(self, position: int) -> torch.Tensor:
-        """Tiles (N,3,S,S) that are not wholly before ``position``."""
+        """Tiles (N,3,S,S) that are not wholly before ``position``; those without a position are before all others."""
+        if not self.tokens_per_tile:
+            return self.tiles[len(self.tiles) if position else 0 :]
         return self.tiles[self._seen(position) // self.tokens_per_tile :]
 
     def _seen(self, position: int) -> int:
         return int((self.ids[:position] == IMAGE).sum())
 
 
-def content_keys(ids: torch.Tensor, tiles: torch.Tensor, per_tile: int) -> list[int | bytes]:
-    """Ids (T) with the content of its tile in place of every image placeholder."""
+def content_keys(ids: torch.Tensor, tiles: torch.Tensor, per_tile: int, prefixed: bool = False) -> list[int | bytes]:
+    """Ids (T) with the content of its tile in place of every image placeholder. ``prefixed``: all tiles also enter
+    through the prefix, so that every position depends on them; the first one's key says so."""
     content = [hashlib.blake2b(t.numpy().tobytes(), digest_size=16).digest() for t in tiles]
     seen, keys = 0, list[int | bytes]()
     for i in ids.tolist():
         keys.append(content[seen // per_tile] if i == IMAGE else i)
         seen += i == IMAGE
+    if prefixed and content and keys:
+        keys[0] = b"".join((repr(keys[0]).encode(), *content))
     return keys
 
 
@@ -143,7 +154,9 @@ class Answer:
         ids = self.prompt.ids.to(device)[None]
         tiles = self.tiles.to(device) if len(self.tiles) else None
         x = net.embed(ids[:, self.reused :], tiles)
-        return stream(net.backbone, x, ids=ids, cache=self._cache, sampling=self._sampling)
+        # What is reused was read with the same pictures in the prefix, and the cache holds it.
+        context = net.context(ids, tiles) if tiles is not None and not self.reused else None
+        return stream(net.backbone, x, ids=ids, cache=self._cache, sampling=self._sampling, context=context)
 
     @property
     def parts(self) -> tuple[Part, ...]:

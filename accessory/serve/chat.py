@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from accessory.parallel.groups import choose_device
 from accessory.peft.quantize import Quantization
 from accessory.schema import Part, Turn
 from accessory.serve.answer import Answer, Cost, Prompt, common
+from accessory.serve.experts import Experts
 from accessory.serve.media import Limits, Source, turns_of, user_turn
 
 Event = TypeVar("Event")
@@ -81,7 +81,7 @@ class Dialogue(Generic[Event]):
     """What all conversations share: the history, the cache and what it holds, turns under a common ``lock``.
 
     Dialogues that no longer fit ``max_length`` of the model's configuration lose their oldest whole exchanges, and a
-    :class:`Notice` says so.
+    :class:`Notice` says so. ``experts`` tell the model about pictures; the history holds what the user said alone.
     """
 
     def __init__(
@@ -92,8 +92,10 @@ class Dialogue(Generic[Event]):
         limits: Limits | None = None,
         history: Sequence[Turn] = (),
         lock: threading.RLock | None = None,
+        experts: Experts | None = None,
     ) -> None:
         self.model, self.sampling, self.limits = model, sampling or Sampling(), limits or Limits()
+        self.experts = experts
         self.last_cost: Cost | None = None
         # Reentrant: a forgotten answer may be collected, and so closed, while this thread holds the lock.
         self._lock = lock or threading.RLock()
@@ -144,16 +146,14 @@ class Dialogue(Generic[Event]):
 
     def _prompt(self, turns: Sequence[Turn]) -> Prompt:
         """What asks for an answer to ``turns``."""
-        return Prompt.of(self.model, turns)
+        return Prompt.of(self.model, turns if self.experts is None else self.experts.advise(turns))
 
     def _listen(
         self, turn: Turn, sampling: Sampling | None, make: Make[Event], reserve: int = 0
     ) -> Generator[Event | Notice, None, None]:
         """The answer that ``make`` gives to ``turn``, after room for ``reserve`` positions beside its text was made."""
-        if turn.pictures and self.model.net.projector is None:
-            raise ValueError("this model takes no pictures in a chat: it has no projector that splices them in")
-        if turn.pictures and self.model.net.resampler is not None:
-            raise ValueError("this model takes no pictures in a chat: it also sees through a visual prefix (resampler)")
+        if turn.pictures and self.model.net.tower is None:
+            raise ValueError("this model takes no pictures in a chat: it has no tower that sees them")
         with self._lock:
             self._settle()
             sampling = self._with_stops(sampling or self.sampling)
@@ -285,13 +285,28 @@ class ChatModel:
     'cat'
     """
 
-    def __init__(self, model: Model, *, sampling: Sampling | None = None, limits: Limits | None = None) -> None:
-        self.model, self.sampling, self.limits = model, sampling or Sampling(), limits or Limits()
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        experts: Experts | None = None,
+    ) -> None:
+        self.model, self.experts = model, experts
+        self.sampling, self.limits = sampling or Sampling(), limits or Limits()
         self._lock = threading.RLock()
 
     def new_chat(self, history: Sequence[Turn] = ()) -> Chat:
         """A conversation that goes on from ``history``."""
-        return Chat(self.model, sampling=self.sampling, limits=self.limits, history=history, lock=self._lock)
+        return Chat(
+            self.model,
+            sampling=self.sampling,
+            limits=self.limits,
+            history=history,
+            lock=self._lock,
+            experts=self.experts,
+        )
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], images: Sequence[Source] = (), **sampling: Any) -> str:
         """The answer to a question about ``images``, or to a dialogue of messages whose last is the user's.
@@ -308,41 +323,6 @@ class ChatModel:
             raise ValueError("the last message must be the user's, otherwise there is nothing to answer")
         events = self.new_chat(turns[:-1]).events(turns[-1], replace(self.sampling, **sampling))
         return "".join(_texts(events))
-
-
-Talk = TypeVar("Talk")
-Talk_co = TypeVar("Talk_co", covariant=True)
-
-
-class Starts(Protocol[Talk_co]):
-    """What starts conversations."""
-
-    def new_chat(self) -> Talk_co:
-        """A conversation without a history."""
-        ...
-
-
-class Sessions(Generic[Talk]):
-    """One chat a visitor; the one idle for longest is forgotten when there are more than ``capacity``."""
-
-    def __init__(self, model: Starts[Talk], capacity: int = 16) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
-        self._model, self._capacity = model, capacity
-        self._chats: OrderedDict[str, Talk] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> Talk:
-        """The chat of ``key``, new when there is none."""
-        with self._lock:
-            chat = self._chats.pop(key) if key in self._chats else self._model.new_chat()
-            self._chats[key] = chat
-            while len(self._chats) > self._capacity:
-                self._chats.popitem(last=False)
-            return chat
-
-    def __len__(self) -> int:
-        return len(self._chats)
 
 
 def find_model(name: str | Path, *, generators: bool = False) -> Path:
@@ -376,12 +356,14 @@ def load(
     sampling: Sampling | None = None,
     limits: Limits | None = None,
     quantization: Quantization | None = None,
+    experts: Experts | None = None,
 ) -> ChatModel:
     """The model of a folder (or a shipped one by name), ready to chat. ``cache``: where the assets lie.
 
     ``device`` as in :func:`accessory.parallel.groups.choose_device`, None for the best there is.
     On a CPU the weights of a bf16 backbone are packed for decoding, which costs a second copy of them.
-    ``quantization``: fold LoRA into the backbone and quantise it (:func:`accessory.models.build.shrink`).
+    ``quantization``: fold LoRA into the backbone and quantise it (:func:`accessory.models.build.shrink`). ``experts``
+    tell it what they see in the user's pictures.
     """
     where = choose_device(device)  # first: a mistake should not cost the loading of a model
     model = build.load(find_model(folder), cache=cache)
@@ -389,4 +371,4 @@ def load(
     if quantization is not None:
         build.shrink(model, quantization)
     accelerate_for_cpu(model.net.backbone)
-    return ChatModel(model, sampling=sampling, limits=limits)
+    return ChatModel(model, sampling=sampling, limits=limits, experts=experts)

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from accessory.backbone.generate import Sampling, StopMatcher, generate
-from accessory.data.encode import Encoder
 from accessory.data.image import open_picture
 from accessory.data.template import BOS, Template
 from accessory.data.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from accessory.models.build import Model
 from accessory.models.likelihood import hidden, scored
 from accessory.schema import Encoded, Picture, Turn
 from accessory.serve import chat
-from accessory.serve.answer import Answer, Prompt, content_keys
+from accessory.serve.answer import Answer, Prompt
 from accessory.serve.media import Limits, user_turn
 from accessory.tokens import IGNORE
 
@@ -44,12 +43,9 @@ class MetaModel:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        e, words = model.encoder, model.tokenizer
-        begin = () if words.bos_id is None else (BOS,)
+        begin = () if model.tokenizer.bos_id is None else (BOS,)
         raw = Template(name="raw", begin=begin, pictures_first=True, strip=False)
-        self._raw = replace(
-            model, encoder=Encoder(words, raw, e.tiling, e.tokens_per_tile, e.max_length, start_end=e.start_end)
-        )
+        self._raw = replace(model, encoder=model.encoder.under(raw))
 
     @classmethod
     def from_pretrained(cls, pretrained_path: str | Path, **options: Any) -> MetaModel:
@@ -151,15 +147,13 @@ class MetaModel:
         Raises:
             ValueError: for a prompt that leaves no room for an answer.
         """
-        net = self.model.net
-        device = next(net.parameters()).device
-        x, samplings = [], []
-        for prompt, picture in zip(prompts, self._pictures(images, len(prompts)), strict=True):
-            row, most = self._fit(prompt, picture, max_gen_len)
-            x.append(net.embed(row.ids[None].to(device), row.tiles.to(device) if len(row.tiles) else None)[0])
-            samplings.append(self._sampling(most, temperature, top_p, additional_stop_symbols, seed))
+        pictures = self._pictures(images, len(prompts))
+        fitted = [self._fit(p, i, max_gen_len) for p, i in zip(prompts, pictures, strict=True)]
+        samplings = [self._sampling(most, temperature, top_p, additional_stop_symbols, seed) for _, most in fitted]
+        x, context = self.model.net.prompts([row for row, _ in fitted])
+        found = generate(self.model.net.backbone, x, sampling=samplings, context=context)
         texts = []
-        for ids, sampling in zip(generate(net.backbone, x, sampling=samplings), samplings, strict=True):
+        for ids, sampling in zip(found, samplings, strict=True):
             text = self.tokenizer.decode(t for t in ids if t not in sampling.stop_ids)
             matcher = StopMatcher(sampling.stop)
             texts.append(matcher.push(text)[0] + matcher.flush())
@@ -179,10 +173,8 @@ class MetaModel:
         :meth:`generate` says."""
         row, most = self._fit(prompt, self._pictures(images, 1)[0], max_gen_len)
         sampling = self._sampling(most, temperature, top_p, additional_stop_symbols, seed)
-        per_tile = self.model.encoder.tokens_per_tile
-        asked = Prompt(row.ids, row.tiles, content_keys(row.ids, row.tiles, per_tile), per_tile)
         cache = self.model.net.backbone.cache(1, len(row.ids) + most + 1)
-        answer = Answer(self._raw, cache, asked, sampling, 0)
+        answer = Answer(self._raw, cache, Prompt.of_row(self.model, row), sampling, 0)
         while not answer.finished:
             answer.step()
             yield {"text": answer.text, "end_of_content": answer.finished}

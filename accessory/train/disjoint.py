@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from accessory.schema import Batch
-from accessory.tokens import IMAGE
 
 if TYPE_CHECKING:  # which configures the groups
     from accessory.train.objective import Objective
@@ -122,11 +121,10 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
         raise ValueError("objective.disjoint is for rows that are answered, not for pictures that are drawn")
     if list(rows) == list(range(len(batch.ids))):
         return batch
+    if batch.counts is None:
+        raise ValueError("objective.disjoint divides batches that say how many tiles each row has (Batch.counts)")
     at = torch.tensor(list(rows), device=batch.ids.device)
-    placeholders = (batch.ids == IMAGE).sum(1)
-    # Every tile has as many placeholders, so a row's share of them says how many tiles are its own.
-    counts = placeholders * len(batch.tiles) // placeholders.sum().clamp_min(1)
-    tiles = batch.tiles.split(counts.tolist())
+    tiles = batch.tiles.split(batch.counts.tolist())
     return replace(
         batch,
         ids=batch.ids[at],
@@ -134,4 +132,5 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
         mask=batch.mask[at],
         tiles=torch.cat([tiles[i] for i in rows]),
         sources=tuple(batch.sources[i] for i in rows),
+        counts=batch.counts[at],
     )

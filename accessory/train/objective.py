@@ -144,7 +144,7 @@ class DialogueObjective:
         # Rows are padded on the right, so causal attention never sees padding and needs no mask.
         experts = net.backbone.config.moe
         with routings(net) if experts is not None and net.training else contextlib.nullcontext(()) as log:
-            h = net(batch.ids, batch.tiles, features=features)
+            h = net(batch.ids, batch.tiles, features=features, counts=batch.counts)
         learned = batch.labels[:, 1:] != IGNORE
         logits = net.logits(h[:, :-1][learned]).float()  # only where something is learned: V is most of the work
         loss = F.cross_entropy(logits, batch.labels[:, 1:][learned], reduction="sum")

@@ -186,7 +186,15 @@ class Optimizer:
             for moment, value in moments[name].items():
                 if moment != "step" and value.shape != master.shape:
                     raise ValueError(f"{moment} of {name} has shape {list(value.shape)}, not {list(master.shape)}")
-            owner[name].state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
+            owner[name].state[master] = {m: _beside(master, v) for m, v in moments[name].items()}
+
+
+def _beside(master: Tensor, value: Tensor) -> Tensor:
+    """A copy of a moment on the device of its parameter, with its strides: the fused update walks through both as they
+    lie in memory, and a convolution's weight (channels last) would get another element's moment."""
+    if value.shape != master.shape:
+        return value.to(master.device, copy=True)
+    return torch.empty_like(master, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:

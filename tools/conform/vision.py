@@ -169,7 +169,7 @@ def cached(net: MLLM, tokens: Tensor, ids: Tensor, schedule: list[list[int]], **
     for start, length in schedule:
         begin = start + extra if start else 0
         piece = ids[:, begin : start + length + extra]
-        h = net(piece, cache=cache, context=context, **(pictures if start == 0 else {}))
+        h = net(piece, cache=cache, context=context if start == 0 else None, **(pictures if start == 0 else {}))
         rows.append(net.logits(h[:, -1:])[:, 0])
     return torch.stack(rows)
 

@@ -19,6 +19,8 @@ def test_padding_and_tiles_in_reading_order() -> None:
     assert batch.mask.sum(1).tolist() == [2, 4, 3]
     assert batch.tiles[:, 0, 0, 0].tolist() == [2.0, 3.0, 3.0]
     assert batch.sources == ("s2", "s4", "s3")
+    assert batch.counts is not None
+    assert batch.counts.tolist() == batch.to("cpu").counts.tolist() == [1, 0, 2]  # type: ignore[union-attr]
 
 
 def test_text_alone_has_no_tiles() -> None:

@@ -1,9 +1,10 @@
 """Rows of models that see a picture several times, and of those whose pictures precede the first token."""
 
 import pytest
+import torch
 from PIL import Image
 
-from accessory.data.encode import Encoder, tile_ids
+from accessory.data.encode import Encoder, RowRejected, tile_ids
 from accessory.data.template import get
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
@@ -30,6 +31,22 @@ def test_every_view_has_its_run(tokenizer: Tokenizer) -> None:
 def test_empty_runs_are_errors(tokenizer: Tokenizer, runs: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         Encoder(tokenizer, get("sphinx"), TilingConfig(8), runs, 400)
+
+
+def test_pictures_may_take_no_position(tokenizer: Tokenizer) -> None:
+    wide = Sample((Turn("user", (Picture(Image.new("RGB", (20, 8))), "What is this?")), Turn("assistant", ("a",))))
+    tiling = TilingConfig(8, grid="aspect")
+    without, row = (Encoder(tokenizer, get("sphinx"), tiling, n, 400) for n in (None, 3))
+    assert (without.encode(wide).ids >= 0).all()
+    seen = row.encode(wide)
+    assert without.encode(wide).ids.tolist() == seen.ids[seen.ids >= 0].tolist()
+    assert torch.equal(without.encode(wide).tiles, seen.tiles)
+    assert len(seen.tiles) > 1
+    few = Encoder(tokenizer, get("sphinx"), tiling, None, 400, max_tiles=1)
+    with pytest.raises(RowRejected, match=rf"1 pictures \({len(seen.tiles)} tiles\) in one dialogue.* takes 1 "):
+        few.encode(wide)
+    assert few.under(get("plain")).template.name == "plain"
+    assert few.template.name == "sphinx"
 
 
 @pytest.mark.parametrize("name", ["alpaca", "plain"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from PIL import Image
 
 from accessory.evaluate import score as scoring
 from accessory.evaluate.retrieval import nearest_accuracy, pooled
-from accessory.evaluate.score import ScoreRow, answers, prompts, score
-from accessory.models.build import Model, ProjectorConfig, ResamplerConfig
-from accessory.peft.attach import PrefixSpec, TrainSpec
+from accessory.evaluate.score import ScoreRow, answers, score
+from accessory.models.build import Model
+from accessory.models.mllm import MLLM
 from accessory.schema import Sample
 from tests.unit.evaluate.asked import asked, stand_in
 from tests.unit.models.pictured import model
@@ -85,16 +84,16 @@ def test_blind_has_no_tiles(made: Model, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not any((r.ids < 0).any() for r in rows)
     assert [len(made.encoder.encode(s).tiles) for s in asked(4)] == [3, 1, 1, 3]
     with torch.inference_mode():
-        assert all(torch.isfinite(p).all() for p in prompts(made, rows))
+        assert all(torch.isfinite(p).all() for p in made.net.prompts(rows)[0])
 
 
 @torch.inference_mode()
 def test_what_the_model_is_fed_follows_the_picture(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     own = [made.encoder.encode(s) for s in put(monkeypatch, "none", 3)]
     other = [made.encoder.encode(s) for s in put(monkeypatch, "shuffled", 3)]
-    for a, b in zip(prompts(made, own), prompts(made, other), strict=True):
+    for a, b in zip(made.net.prompts(own)[0], made.net.prompts(other)[0], strict=True):
         assert a.shape != b.shape or not torch.equal(a, b)
-    together = list(prompts(made, own))
+    together = made.net.prompts(own)[0]
     for row, x in zip(own, together, strict=True):
         torch.testing.assert_close(x, made.net.embed(row.ids[None], row.tiles)[0], rtol=1e-4, atol=1e-5)
 
@@ -105,6 +104,7 @@ def test_inputs_go_to_the_device_of_the_model(made: Model) -> None:
     class Elsewhere:
         """A network on the meta device, where there is nothing to compute."""
 
+        prompts = MLLM.prompts
         resampler, projector = None, made.net.projector
 
         def parameters(self) -> Iterator[torch.Tensor]:
@@ -116,10 +116,10 @@ def test_inputs_go_to_the_device_of_the_model(made: Model) -> None:
 
         def embed(self, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
             seen.extend((ids.device, features.device))
-            return ids
+            return ids[None]
 
     rows = [made.encoder.encode(s) for s in asked(2)]
-    assert len(list(prompts(replace(made, net=Elsewhere()), rows))) == 2  # type: ignore[arg-type]
+    assert len(Elsewhere().prompts(rows)[0]) == 2  # type: ignore[misc]
     assert seen == [torch.device("meta")] * 5
 
 
@@ -168,18 +168,6 @@ def test_drawings_go_to_the_device_of_the_tower(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("accessory.data.emoji.pictures", lambda style, cache: drawn)
     assert pooled(Elsewhere(), "any", batch_size=2).shape == (3, 5)  # type: ignore[arg-type]
     assert seen == [torch.device("meta")] * 2
-
-
-def test_a_visual_prefix_is_never_left_out_of_a_score(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in(monkeypatch, 3)
-    resampler = ResamplerConfig(length=3, width=16, depth=1, heads=2)
-    tuning = (PrefixSpec(length=3), TrainSpec(("backbone.*", "tower.*", "resampler.*")))
-    for projector in (None, ProjectorConfig("linear_norm")):
-        both = model(tmp_path_factory.mktemp("seen"), resampler=resampler, projector=projector, tuning=tuning)
-        with pytest.raises(ValueError, match=r"visual prefix .* not supported yet"):
-            score(both, "any")
 
 
 def test_words_are_put_into_the_model_s_mouth(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:

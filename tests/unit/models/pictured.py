@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,25 @@ from PIL import Image
 
 from accessory.data.collate import collate
 from accessory.data.tiling import TilingConfig
-from accessory.models.build import Model
+from accessory.models.build import Model, ProjectorConfig, ResamplerConfig
+from accessory.peft.attach import BiasSpec, LoraSpec, NormSpec, PrefixSpec, TrainSpec, TuningSpec
 from accessory.schema import Batch, Picture, Sample, Turn
-from tests.tiny import tiny_model
+from tests.tiny import disturb, tiny_model
 
 TILING = TilingConfig(size=64, grid="aspect", max_grid=2)
+FORMS: dict[str, tuple[TuningSpec, ...]] = {
+    "v1 caption": (PrefixSpec(length=3, layers=1, init_std=0.1),),
+    "v2 multimodal7b": (
+        PrefixSpec(length=3, layers=1, new_gate=True, init_std=0.1),
+        BiasSpec(("wq", "wo", "w1", "w2", "w3")),
+        NormSpec(),
+        LoraSpec(rank=2),
+    ),
+    "v2 paper": (PrefixSpec(length=2, layers=1, early=3, init_std=0.1), BiasSpec(), NormSpec()),
+    "attention-free": (PrefixSpec(length=1, init_std=0.1),),
+    "with a projector": (PrefixSpec(length=3, init_std=0.1),),
+}
+"""What hangs on the two blocks of a model that sees through its prefixes."""
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Picture:
@@ -43,3 +58,22 @@ def model(folder: Path, **options: object) -> Model:
 
 def batch(made: Model, samples: list[Sample]) -> Batch:
     return collate([made.encoder.encode(s) for s in samples], made.tokenizer.pad_id)
+
+
+def adapted(folder: Path, form: str = "v1 caption", *, train: bool = False, **options: object) -> Model:
+    """A tiny LLaMA-Adapter with open gates and loud pictures; without a projector its pictures take no position."""
+    length = 1 if form == "attention-free" else 3
+    made = tiny_model(
+        folder,
+        train=True,
+        **{
+            "tuning": (*FORMS[form], TrainSpec(("resampler.*",))),
+            "projector": ProjectorConfig("linear_norm") if form == "with a projector" else None,
+            "resampler": ResamplerConfig(length, width=16, depth=2, heads=2),
+            **options,
+        },  # type: ignore[arg-type]
+    )
+    disturb(made.net, 0.5)
+    assert made.net.resampler is not None
+    made.net.resampler.visual_proj_norm.weight.data *= 5
+    return made if train else replace(made, net=made.net.requires_grad_(False).eval())

@@ -40,7 +40,7 @@ SPECS: dict[str, tuple[TuningSpec, ...]] = {
     "visual prefix": (PrefixSpec(length=3, init_std=0.1), TrainSpec(("resampler.*",))),
     "all at once": (LoraSpec(rank=2), PrefixSpec(length=3), BiasSpec(), ScaleSpec(), NormSpec(), ALL),
 }
-RESAMPLER = ResamplerConfig(length=3, width=16, depth=1, heads=2)
+RESAMPLER = ResamplerConfig(length=3, width=16, depth=1, heads=2, max_tiles=4)
 
 
 def tuned(folder: Path, name: str, **options: object) -> Model:

@@ -140,12 +140,12 @@ def test_a_visual_prefix_matters_once_its_gates_open(tmp_path: Path, projector: 
     both = batch(made, rows)
     blank = replace(both, tiles=both.tiles.flip(0))
     with torch.no_grad():
-        shut = [made.net(b.ids, b.tiles, features=made.net.encode(both.tiles) if projector else None)
-                for b in (both, blank)]  # fmt: skip
+        features = made.net.encode(both.tiles) if projector else None
+        shut = [made.net(b.ids, b.tiles, features=features, counts=b.counts) for b in (both, blank)]
         assert torch.equal(*shut)  # closed gates: nothing of the picture comes through the prefix
         disturb(made.net)
         features = made.net.encode(both.tiles) if projector else None
-        opened = [made.net(b.ids, b.tiles, features=features) for b in (both, blank)]
+        opened = [made.net(b.ids, b.tiles, features=features, counts=b.counts) for b in (both, blank)]
         assert (opened[0] - opened[1])[1:].abs().amax((1, 2)).min() > 1e-3
         assert torch.equal(opened[0][0], opened[1][0])  # the row without a picture
         for i, row in enumerate(rows):
@@ -165,17 +165,31 @@ def test_a_visual_prefix_goes_on_in_cached_steps(tmp_path: Path) -> None:
         cut, total = one.ids.shape[1] - 4, one.ids.shape[1]
         cache = made.net.backbone.cache(1, total)
         steps = [made.net(one.ids[:, :cut], one.tiles, cache=cache)]
-        steps += [made.net(one.ids[:, i : i + 1], cache=cache, context=context) for i in range(cut, total)]
+        steps += [made.net(one.ids[:, i : i + 1], cache=cache) for i in range(cut, total)]
         torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
-        forgotten = made.net(one.ids)
-    assert (forgotten - whole).abs().max() > 1e-3
+        assert cache.context is not None  # the cache has kept it
+        assert torch.equal(cache.context, context)
+        torch.testing.assert_close(made.net(one.ids, context=context), whole, **CLOSE)
+        cache.truncate(cut)
+        assert cache.context is not None
+        cache.context = None
+        forgotten = made.net(one.ids[:, cut:], cache=cache)
+        cache.truncate(0)
+        assert cache.context is None
+    assert (forgotten - whole[:, cut:]).abs().max() > 1e-3
 
 
 def test_a_visual_prefix_counts_its_tiles(tmp_path: Path) -> None:
     made = seeing_by_prefix(tmp_path)
-    one = batch(made, [sample(picture(1), "What is this?")])
+    two = batch(made, [sample(picture(1), "What is this?"), sample("What is this?")])
     with pytest.raises(ValueError, match=r"placeholders of 1 tiles.*there are 2"):
-        made.net(one.ids, one.tiles.expand(2, -1, -1, -1))
+        made.net(two.ids, two.tiles.expand(2, -1, -1, -1), counts=two.counts)
+    with pytest.raises(ValueError, match="1 tiles for 2 rows: which are whose"):
+        made.net(two.ids, two.tiles)
+    with pytest.raises(ValueError, match="splices no pictures"):
+        made.net(torch.tensor([[1, IMAGE]]), two.tiles)
+    with pytest.raises(ValueError, match="has no resampler"):
+        model(tmp_path / "other").net.prefixes(two.tiles)
 
 
 @torch.inference_mode()

@@ -20,8 +20,10 @@ from accessory.models.published import LLAMA_TYPES
 from accessory.models.reference import assemble, read_published
 from accessory.models.reference_folder import convert_pictured, read_pictured
 from accessory.schema import Sample, Turn
+from accessory.serve.chat import ChatModel
 from accessory.tokens import IMAGE
 from accessory.vision import presets
+from accessory.vision.resampler import Resampler
 from accessory.vision.towers import TowerConfig
 from tests.tiny import tiny_tokenizer
 from tests.unit.models.pictured import picture
@@ -44,8 +46,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CLIP of 17 tokens in the place of the published one."""
     options = {"config": CLIP, "activation": "quick_gelu", "projected": True}
     monkeypatch.setitem(presets.PRESETS, "clip-l-projected", TowerConfig("open_clip", "tiny", 32, options))
-    for kind in ("llama", "llama_peft"):
-        monkeypatch.setitem(LLAMA_TYPES, kind, replace(LLAMA_TYPES[kind], image_size=32, positions=17))
+    for kind, positions in (("llama", 17), ("llama_peft", 17), ("llama_adapter", 0)):
+        monkeypatch.setitem(LLAMA_TYPES, kind, replace(LLAMA_TYPES[kind], image_size=32, positions=positions))
 
 
 def state_of(kind: str = "llama") -> dict[str, Tensor]:
@@ -90,6 +92,48 @@ def scores(model: build.Model) -> Tensor:
     assert row.ids[:17].tolist() == [IMAGE] * 17 == tile_ids(model.encoder.runs, False)  # before BOS
     assert row.ids[17] == model.tokenizer.special("bos")
     return model.net.logits(model.net(row.ids[None], row.tiles))
+
+
+def adapter_of(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, object]]:
+    """A LLaMA-Adapter of one adapted layer, as its published second form: biases, norms, LoRA and a second gate."""
+    args = {**ARGS, "prefix_len": 3, "prefix_layers": 1, "lora_rank": 2, "use_prefix_new_gate": True}
+    state = {k: v for k, v in state_of().items() if not k.startswith("clip_proj")}
+    for name in [n for n in state if re.search(r"layers.*\.w[qkvo123]\.weight$", n)]:
+        out, wide = state[name].shape
+        state[name.replace("weight", "lora_a.weight")] = torch.randn(2, wide) * 0.1
+        state[name.replace("weight", "lora_b.weight")] = torch.randn(out, 2) * 0.1
+        if name.split(".")[-2] not in ("wk", "wv"):
+            state[name.replace("weight", "bias")] = torch.randn(out) * 0.1
+    resampler = Resampler(12, 32, 3, width=32, depth=1, heads=16)
+    state |= {"visual_query" if k == "visual_query.weight" else k: v * 3 for k, v in resampler.state_dict().items()}
+    state |= {"prefix": torch.randn(1, 1, 3, 32), "prefix_gate": torch.randn(1, 4), "prefix_new_gate": torch.ones(1)}
+    path = folder_of(folder, state, "llama_adapter", ranks=1)
+    (path / "config.json").write_text(json.dumps(args))
+    return path, state, args
+
+
+def test_a_converted_adapter_sees_through_its_prefix(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, state, args = adapter_of(tmp_path / "in")
+    config = convert_pictured([source], tmp_path / "out", cache=tmp_path, pickles=True)
+    assert config.resampler == build.ResamplerConfig(3, 32, 1, 16)
+    assert (config.projector, config.template) == (None, "alpaca")
+    model = build.load(tmp_path / "out", cache=tmp_path)
+    direct = assemble(read_published(state, args, "llama_adapter"), presets.build("clip-l-projected"))
+    turns = (Turn("user", (picture(1), "What is this?")),)
+    row = model.encoder.row(turns, generate=True)
+    text = model.encoder.row((Turn("user", ("What is this?",)),), generate=True)
+    assert torch.equal(row.ids, text.ids)  # the published models give a picture no position
+    with torch.no_grad():
+        ours = model.net.logits(model.net(row.ids[None], row.tiles))
+        context = direct.context(row.ids[None], row.tiles, torch.ones(1, dtype=torch.long))
+        torch.testing.assert_close(ours, direct.logits(direct(row.ids[None], context=context)), rtol=1e-4, atol=1e-4)
+        assert (ours - model.net.logits(model.net(text.ids[None]))).abs().max() > 1e-2
+    said = [ChatModel(replace(model, net=net)).chat("What?", [turns[0].pictures[0].source], max_new_tokens=6)
+            for net in (model.net, direct)]  # type: ignore[list-item]  # fmt: skip
+    assert said[0] == said[1]
+    with pytest.raises(ValueError, match=r"2 pictures .* takes 1 through its visual prefix"):
+        model.encoder.row((*turns, Turn("assistant", ("a hat",)), *turns))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_peft"])

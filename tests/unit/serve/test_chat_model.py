@@ -15,7 +15,8 @@ from accessory.backbone.generate import Sampling
 from accessory.models.build import Model
 from accessory.peft.attach import TrainSpec
 from accessory.serve import chat as chats
-from accessory.serve.chat import ChatModel, Sessions
+from accessory.serve.chat import ChatModel
+from accessory.serve.sessions import Sessions
 from tests.tiny import tiny_model, tiny_model_dir
 
 GREEDY = Sampling(max_new_tokens=12)

@@ -148,6 +148,31 @@ def test_state_survives_and_is_checked() -> None:
         fresh.load_state(state)
 
 
+def test_moments_lie_in_memory_as_their_parameters_do() -> None:
+    """A convolution's weight may be kept channels last, and a checkpoint keeps no strides."""
+    torch.manual_seed(0)
+    gradients = torch.randn(2, 4, 3, 2, 2)
+    ends = []
+    for stopped, mended in ((False, True), (True, True), (True, False)):
+        torch.manual_seed(1)
+        net = nn.Conv2d(3, 4, 2, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert not net.weight.is_contiguous()
+        optimizer = Optimizer(net, replace(CONFIG, weight_decay=0.0))
+        for k, gradient in enumerate(gradients):
+            if k and stopped:
+                kept = {n: v.clone(memory_format=torch.contiguous_format) for n, v in optimizer.state().items()}
+                optimizer = Optimizer(net, replace(CONFIG, weight_decay=0.0))
+                optimizer.load_state(kept)
+                if not mended:
+                    optimizer.steppers[0].state[net.weight].update({n.split("/")[0]: v for n, v in kept.items()})
+            net.weight.grad = torch.empty_like(net.weight).copy_(gradient)
+            optimizer.collect()
+            optimizer.step(0.1)
+        ends.append(net.weight.detach().clone())
+    assert torch.equal(ends[0], ends[1])
+    assert (ends[0] - ends[2]).abs().max() > 1e-3  # other elements' moments
+
+
 class _Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

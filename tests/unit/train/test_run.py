@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from accessory import config as configuration
 from accessory.data.emoji import Concept
 from accessory.models import build
 from accessory.peft.attach import LoraSpec, TrainSpec, trainable_state
-from accessory.train import objective
+from accessory.serve import chat
+from accessory.train import checkpoint, objective
 from accessory.train import run as running
 from accessory.train.run import RunConfig, main_config, run, warm_start
 from tests.tiny import tiny_model, tiny_model_dir
-from tests.unit.train.squares import write_squares
+from tests.unit.train.squares import COLOURS, QUESTION, write_squares
 
 
 def experiment(folder: Path, steps: int = 2) -> RunConfig:
@@ -104,6 +106,46 @@ def test_a_resumed_run_takes_nothing_from_its_start(tmp_path: Path) -> None:
     result = run(replace(again, train=replace(config.train, max_steps=2)), "auto", folder=tmp_path)
     assert result is not None
     assert result.step == 2
+
+
+@pytest.mark.parametrize("early", [None, 3])
+def test_pictures_are_learned_through_the_prefix(tmp_path: Path, early: int | None) -> None:
+    """A file of pictures and texts trains a LLaMA-Adapter, whose pictures have no other way in; a run that is cut off
+    and resumed ends as one that was not, and the folder answers."""
+    path = write_squares(tmp_path, 120)
+    text = {"id": "text", "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "none"}]}
+    with (tmp_path / "squares.jsonl").open("a") as file:
+        file.write(json.dumps(text) + "\n")
+    prefix = f"kind: prefix, length: 3, layers: 1, init_std: 0.1, early: {'null' if early is None else early}"
+    config = configuration.load(
+        path,
+        RunConfig,
+        [
+            "model.projector=null",
+            "model.resampler={length: 3, width: 16, depth: 1, heads: 2}",
+            f"model.tuning=[{{{prefix}}}, {{kind: train, patterns: ['backbone.*', 'resampler.*', 'tower.*']}}]",
+            "train.batch_size=5",
+            "train.checkpoint_every=60",
+            "train.keep_last=3",
+        ],
+    )
+    result = run(config, folder=tmp_path)
+    assert result is not None
+    assert result.final is not None
+    whole = load_file(result.final / build.WEIGHTS_FILE)
+    assert {n.split(".")[0] for n in whole} == {"backbone", "resampler", "tower"}
+    shutil.rmtree(result.final)
+    shutil.rmtree(checkpoint.folder(config.train.output_dir, 120))
+    again = run(config, "auto", folder=tmp_path)
+    assert again is not None
+    assert again.final is not None
+    state = load_file(again.final / build.WEIGHTS_FILE)
+    assert all(torch.equal(v, whole[n]) for n, v in state.items())
+    model = chat.load(again.final, device="cpu")
+    assert [model.chat(QUESTION, [tmp_path / f"{name}.png"]) for name in COLOURS] == list(COLOURS)
+    assert model.chat(QUESTION) == "none"
+    model.model.net.resampler.visual_proj_norm.weight.data.zero_()  # type: ignore[union-attr]
+    assert len({model.chat(QUESTION, [tmp_path / f"{name}.png"]) for name in COLOURS}) == 1
 
 
 def test_match_scale_leaves_data_and_ledger_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

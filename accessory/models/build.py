@@ -31,8 +31,8 @@ from accessory.models.mllm import MLLM
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.peft.quantize import Quantization, found, quantize
 from accessory.vision import presets
+from accessory.vision import resampler as resampler_of
 from accessory.vision.projector import Kind, Projector
-from accessory.vision.resampler import Resampler
 from accessory.vision.tower import Tower
 from accessory.vision.weights import load_efficientnet_lite, load_encoders, load_tower
 
@@ -136,12 +136,15 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Features as LLaMA-Adapter's visual prefix: ``length`` tokens, added to the zero-init prefixes."""
+    """Features as LLaMA-Adapter's visual prefix: ``length`` tokens, added to the zero-init prefixes. ``kind`` bind is
+    ImageBind-LLM's, of one vector and 1 token; ``neighbours`` names a file with its cache, one tensor (N, C)."""
 
     length: int = 10
     width: int = 256
     depth: int = 2
     heads: int = 8
+    kind: resampler_of.Kind = "queries"
+    neighbours: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,9 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         projector = Projector(tower.groups, backbone.config.dim, p.layers, p.start_end, p.words, p.sharpness)
     if tower is not None and config.resampler is not None:
         r = config.resampler
-        resampler = Resampler(tower.width, backbone.config.dim, r.length, width=r.width, depth=r.depth, heads=r.heads)
+        sizes = {"length": r.length, "width": r.width, "depth": r.depth, "heads": r.heads}
+        known = None if r.neighbours is None else next(iter(read_file(find(r.neighbours)).values()))
+        resampler = resampler_of.make(r.kind, tower.width, backbone.config.dim, vectors=known, **sizes)
     if tower is not None and config.tiling.size != tower.size:
         raise ValueError(f"tiling.size is {config.tiling.size}, the tower {config.tower} takes {tower.size} pixels")
     net = MLLM(backbone, tower, projector, resampler)

@@ -36,6 +36,9 @@ class ZeroInitPrefix(nn.Module):
         if gate not in ("tanh", "raw"):
             raise ValueError(f"prefix gate must be 'tanh' or 'raw', got {gate!r}")
         self.head_dim = head_dim
+        # Whether the tokens meet the weights of wk and wv alone, without what hangs on those (LoRA): so LLaMA-Adapter's
+        # own files, while LLaMA2-Accessory's have all of it.
+        self.plain = False
         self.tanh = gate == "tanh"
         self.tokens = nn.Parameter(torch.randn(length, dim) * init_std)
         self.gate = nn.Parameter(torch.zeros(n_heads))
@@ -55,8 +58,9 @@ class ZeroInitPrefix(nn.Module):
                 raise ValueError(f"context has {context.shape[1]} tokens, the prefix has length {tokens.shape[1]}")
             tokens = tokens + context.to(q.dtype)
         # (1 or B, P, K * A) -> (B, K, P, A)
-        k = attention.heads(attention.wk(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
-        v = attention.heads(attention.wv(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
+        wk, wv = (attention.wk.plain, attention.wv.plain) if self.plain else (attention.wk, attention.wv)
+        k = attention.heads(wk(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
+        v = attention.heads(wv(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
         # Every query sees every prefix token; the mask says so, because None would mean causal here.
         everything = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
         gate = self.gate.float().tanh() if self.tanh else self.gate.float()

@@ -74,6 +74,9 @@ PRESETS: dict[str, TowerConfig | MixtureConfig] = {
     "clip-l": TowerConfig("open_clip", "ViT-L-14", 224, {"activation": "quick_gelu"}),
     # the same after CLIP's own projection to 768, as `llama`, `llama_peft` and `llama_adapter` read it
     "clip-l-projected": TowerConfig("open_clip", "ViT-L-14", 224, {"activation": "quick_gelu", "projected": True}),
+    # OpenCLIP's, which is ImageBind's own encoder of pictures (Girdhar et al. 2023, section 3.2); its class token is
+    # their vector of a picture
+    "clip-h-projected": TowerConfig("open_clip", "ViT-H-14", 224, {"projected": True}),
     # 32 tokens of 768
     "blip2": _QFORMER.config,
     # 289 tokens: 32 + 257 of 5632

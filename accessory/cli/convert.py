@@ -57,6 +57,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         choices=("gelu", "quick_gelu"),
         help="only --to model: what CLIP runs with (default: what the published code runs the released files with)",
     )
+    bgr = "only --to model: show the encoder red as blue, as LLaMA-Adapter V2 and ImageBind-LLM were trained"
+    parser.add_argument("--bgr", action="store_true", help=bgr)
     parser.set_defaults(main=main)
 
 
@@ -189,8 +191,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--quantize {args.quantize} needs --to accessory, and no --tensor-parallel")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
-    if (args.llama_type or args.clip_activation or args.prefix_gate) and args.target != "model":
-        raise ValueError("--llama-type, --clip-activation and --prefix-gate need --to model")
+    if (args.llama_type or args.clip_activation or args.prefix_gate or args.bgr) and args.target != "model":
+        raise ValueError("--llama-type, --clip-activation, --prefix-gate and --bgr need --to model")
 
 
 def _pictured(args: argparse.Namespace) -> int:
@@ -210,6 +212,7 @@ def _pictured(args: argparse.Namespace) -> int:
         pickles=True,
         tokenizer=args.tokenizer,
         gate=args.prefix_gate,
+        bgr=args.bgr,
     )
     sees = "no tower" if config.tower is None else f"the tower {config.tower.preset}"
     print(f"{args.dst}: model folder with {sees}, template {config.template}")

@@ -111,7 +111,8 @@ class BackboneConfig:
 class TowerSource:
     """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones.
 
-    ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``encoders``: the
+    ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``bgr``: see
+    :class:`accessory.vision.tower.Tower`. ``encoders``: the
     SHA-256 of published encoders in the store (:mod:`accessory.models.encoder_store`) by their prefix, in place of
     ``weights``.
     """
@@ -119,6 +120,7 @@ class TowerSource:
     preset: str = "efficientnet-lite0"
     weights: str | None = "asset:efficientnet-lite0"
     activation: presets.Activation | None = None
+    bgr: bool = False
     encoders: dict[str, str] = field(default_factory=dict)
 
 
@@ -311,7 +313,7 @@ def _gguf(path: Path) -> Path | None:
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     """An encoder with its weights, frozen or not as it comes from the library."""
-    tower = presets.build(config.preset, config.activation)
+    tower = presets.build(config.preset, config.activation, config.bgr)
     if config.encoders:
         if config.weights is not None:
             raise ValueError(f"tower.weights is {config.weights!r} and tower.encoders is given: write one of them")

@@ -71,11 +71,13 @@ def convert_pictured(
     pickles: bool = False,
     tokenizer: Path | None = None,
     gate: Gate | None = None,
+    bgr: bool = False,
 ) -> ModelConfig:
     """Write a model folder from published ones, all or nothing; its encoders go to the store of ``cache``.
 
     The language model is in ``out/backbone``; what the type tunes, with the projection, is what the model folder
-    holds. ``activation`` and ``template`` None are those of the type; ``tokenizer`` None: the folder's own. Over the
+    holds. ``activation`` and ``template`` None are those of the type; ``tokenizer`` None: the folder's own; ``bgr``:
+    the encoder sees red and blue exchanged. Over the
     first of ``folders`` may lie files of LLaMA-Adapter, for which ``gate`` is. Raises as :func:`read_pictured` and
     :func:`accessory.models.adapter_release.read_release`.
     """
@@ -89,7 +91,7 @@ def convert_pictured(
     plain = set(expected_shapes(published.llama))
     base = {k: v for k, v in published.backbone.items() if k in plain}
     encoders = {name: keep_encoder(state, cache) for name, state in published.encoders.items()}
-    config = model_config(published, f"{Path(out).resolve().name}/backbone", encoders, activation, template)
+    config = model_config(published, f"{Path(out).resolve().name}/backbone", encoders, activation, template, bgr)
     with store.atomic_folder(out) as private:
         save_accessory(published.llama, base, private / "backbone")
         words = [f for f in (*folders, *((tokenizer,) if tokenizer else ())) if has_tokenizer(f)]
@@ -120,6 +122,7 @@ def model_config(
     encoders: Mapping[str, str],
     activation: Activation | None = None,
     template: str | None = None,
+    bgr: bool = False,
 ) -> ModelConfig:
     """The configuration of a converted checkpoint; ``backbone``: where its language model lies, as ``build.find``
     finds it."""
@@ -136,7 +139,7 @@ def model_config(
         tuning = (*tuning, TrainSpec(("resampler.*",)))
     return ModelConfig(
         backbone=BackboneConfig(backbone, dtype="fp32" if whole == torch.float32 else "bf16"),
-        tower=TowerSource(str(row.tower), None, activation, dict(encoders)) if published.sees else None,
+        tower=TowerSource(str(row.tower), None, activation, bgr, dict(encoders)) if published.sees else None,
         projector=projector,
         resampler=resampler,
         tuning=tuning,

@@ -148,10 +148,15 @@ def _activated(config: TowerConfig, activation: Activation) -> TowerConfig:
     return replace(config, options={**config.options, "activation": activation})
 
 
-def build(config: str | Config, activation: Activation | None = None) -> Tower:
-    """A tower in eval mode with random weights from a preset's name or a config, see :func:`find`.
+def build(config: str | Config, activation: Activation | None = None, bgr: bool = False) -> Tower:
+    """A tower in eval mode with random weights from a preset's name or a config, see :func:`find`; ``bgr`` is that of
+    :class:`accessory.vision.tower.Tower`.
 
     Under ``torch.device("meta")`` even the full presets build at once.
     """
     config = find(config, activation)
-    return build_mixture(config) if isinstance(config, MixtureConfig) else build_tower(config)
+    tower = build_mixture(config) if isinstance(config, MixtureConfig) else build_tower(config)
+    for part in tower.modules():
+        if isinstance(part, Tower):
+            part.bgr = bgr
+    return tower

@@ -75,7 +75,7 @@ RELEASED: dict[str, tuple[File, ...]] = {
         File("BIAS-7B", _V2 | _BIAS, Tuned(True, True)),
         File("LORA-BIAS-7B, -v21", _V2 | _BIAS | _LORA, Tuned(True, True, 16, True)),
     ),
-    "adapter_v2_chat65b": (File("chat65b", {"norms": 161 * 8192}, Tuned()),),
+    "adapter_v2_chat65b": (File("chat65b", {}, Tuned()),),
     "imagebind_llm": (
         File("7B-pretrained", _BIND, Tuned()),
         File("7B", _BIND | _BIAS | _LORA, Tuned(True, True, 16)),

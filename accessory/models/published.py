@@ -133,7 +133,7 @@ RELEASES: dict[str, LlamaType] = {
         Adapter(31, new_gate=True, blocks=(768, 8)), "BIAS-7B", "LORA-BIAS-7B", "LORA-BIAS-7B-v21", "CAPTION-7B",
         tower="clip-l-projected",
     ),
-    "adapter_v2_chat65b": _release(Adapter(0, wrapped=False, tuned=False, scaled=True), "chat65b", size="llama-65b"),
+    "adapter_v2_chat65b": _release(Adapter(0, 0, wrapped=False, tuned=False, scaled=True), "chat65b", size="llama-65b"),
     "imagebind_llm": _release(
         Adapter(32, 1, "prefix_query", features=1024, bind=(16384, 3)), "7B", "7B-pretrained",
         tower="clip-h-projected",

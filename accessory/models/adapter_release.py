@@ -29,7 +29,7 @@ from accessory.models.published import RELEASES, Adapter, find_type
 from accessory.models.published_keys import Tuned
 from accessory.models.reference import Published, read_published
 from accessory.parallel.axes import merge_shards
-from accessory.peft.attach import PrefixSpec
+from accessory.peft.attach import LINEARS, LoraSpec, PrefixSpec
 from accessory.peft.prefix import Gate
 
 _SAID = {"w_bias", "w_lora", "lora_rank", "w_new_gate"}
@@ -38,6 +38,7 @@ _LOW = re.compile(r"(?P<at>layers\.\d+\.\w+)\.lora_(?P<name>w[qkvo123])_l(?P<hal
 _FLAT = re.compile(r"(?P<at>layers\.\d+\.\w+\.w[qkvo123])_(?P<part>bias|scale)")
 _GATE = re.compile(r"layers\.(?P<layer>\d+)\.attention\.(?:cap_)?(?P<new>new_)?gate")
 _INPUT = ".input_scale"
+_KEPT = re.compile(r"layers\.\d+\.(\w+\.w[qo123]\.bias|(attention|ffn)_norm\.weight)|norm\.weight")
 
 
 @dataclass(frozen=True)
@@ -254,25 +255,28 @@ def released(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     form = find_type(kind).adapter
     if form is None or form.scaled:
-        raise ValueError(f"a {kind} is not written as a file of LLaMA-Adapter")
+        raise ValueError(f"{kind} is not written as a file of LLaMA-Adapter")
     llama = "llama." if form.wrapped else ""
     prefixes: dict[str, dict[int, Tensor]] = {"tokens": {}, "gate": {}, "new_gate": {}}
     out: dict[str, Tensor] = {}
     for full, value in state.items():
         name = full.removeprefix("backbone.")
-        if part := re.fullmatch(r"layers\.(\d+)\.attention\.prefix\.(\w+)", name):
-            prefixes[part[2]][int(part[1])] = value
+        if found := re.fullmatch(r"layers\.(\d+)\.attention\.prefix\.(\w+)", name):
+            prefixes[found[2]][int(found[1])] = value
         elif low := re.fullmatch(r"(layers\.\d+\.\w+)\.(w[qkvo123])\.delta\.([ab])\.weight", name):
             out[f"{llama}{low[1]}.lora_{low[2]}_l{'ab'.index(low[3]) + 1}.weight"] = value
+        elif full.startswith("resampler."):
+            out[full.removeprefix("resampler.")] = value
+        elif _KEPT.fullmatch(name):
+            out[llama + name] = value
         else:
-            out[full.removeprefix("resampler.") if name == full else llama + name] = value
+            raise ValueError(f"{full} has no place in a file of LLaMA-Adapter")
     tokens = prefixes.pop("tokens")
     out[f"{form.tokens}.weight"] = torch.cat([tokens[i] for i in sorted(tokens)])
-    for part_name, gates in prefixes.items():
-        stored, some = form.gate if part_name == "gate" else part_name, next(iter(gates.values()), None)
-        for i in range(max(tokens) + 1 if some is not None else 0):
-            gate = gates.get(i, torch.zeros_like(some))
-            out[f"{llama}layers.{i}.attention.{stored}"] = gate.reshape(1, -1, 1, 1).clone()
+    for part, gates in prefixes.items():
+        for i in range(max(tokens) + 1 if gates else 0):
+            gate = gates[i] if i in gates else torch.zeros_like(gates[max(gates)])
+            out[f"{llama}layers.{i}.attention.{form.gate if part == 'gate' else part}"] = gate.reshape(1, -1, 1, 1)
     return out
 
 
@@ -286,21 +290,33 @@ def write_release(source: Path, folder: Path) -> str:
         raise ValueError(f"{source} is a generator, which has no prefixes")
     text = (source / CONFIG_FILE).read_text(encoding="utf-8")
     config: ModelConfig = configuration.build(configuration.parse(text, str(source)), ModelConfig, str(source))
-    prefix = next((s for s in config.tuning if isinstance(s, PrefixSpec)), None)
-    seen = None if config.resampler is None else (config.resampler.width, config.resampler.depth)
-    forms = {kind: row.adapter for kind, row in RELEASES.items() if row.adapter is not None}
-    fit = [
-        kind
-        for kind, form in forms.items()
-        if prefix is not None
-        and (form.layers, form.length, form.blocks or form.bind) == (prefix.layers, prefix.length, seen)
-    ]
-    if not fit or config.projector is not None:
-        raise ValueError(f"no release of LLaMA-Adapter has the form {prefix} with a resampler {seen}")
-    kind, form = fit[0], forms[fit[0]]
-    made = released(kind, read_file(source / WEIGHTS_FILE))
+    kind = _form_of(config)
+    form = find_type(kind).adapter
+    made = {k: v.clone() for k, v in released(kind, read_file(source / WEIGHTS_FILE)).items()}  # not the whole file
     low = next((v.shape[0] for k, v in made.items() if k.endswith("_l1.weight")), 0)
     said = {"w_bias": any(k.endswith(".wq.bias") for k in made), "w_lora": bool(low), "lora_rank": low or 16}
     with atomic_folder(folder) as private:
-        torch.save({"model": made, "config": said} if form.wrapped else made, private / f"{kind}.pth")
+        torch.save(
+            {"model": made, "config": said} if form is not None and form.wrapped else made, private / f"{kind}.pth"
+        )
     return kind
+
+
+def _form_of(config: ModelConfig) -> str:
+    """The release that computes what this configuration does."""
+    prefix = next((s for s in config.tuning if isinstance(s, PrefixSpec)), None)
+    low = next((s for s in config.tuning if isinstance(s, LoraSpec)), None)
+    seen = None if config.resampler is None else (config.resampler.width, config.resampler.depth)
+    if prefix is None or config.projector is not None:
+        raise ValueError(
+            "a file of LLaMA-Adapter is of prefixes alone: this model has none, or a projector beside them"
+        )
+    if low is not None and (not prefix.plain or low.alpha is not None or set(low.targets) != set(LINEARS)):
+        raise ValueError(f"LLaMA-Adapter's LoRA has no alpha, all linears and plain prefixes; this is {low}, {prefix}")
+    for kind, row in RELEASES.items():
+        form = row.adapter
+        if form is None or (form.layers, form.length, form.blocks or form.bind) != (prefix.layers, prefix.length, seen):
+            continue
+        if prefix.gate == "tanh" or form.raw:
+            return kind
+    raise ValueError(f"no release of LLaMA-Adapter has the form {prefix} with a resampler of {seen}")

@@ -18,7 +18,15 @@ from accessory.backbone.meta import save_shards
 from accessory.backbone.sizes import SIZES
 from accessory.backbone.weights import save_accessory
 from accessory.models import build, published_keys
-from accessory.models.adapter_release import Found, lay_over, read_files, read_release, spelled
+from accessory.models.adapter_release import (
+    Found,
+    lay_over,
+    read_files,
+    read_release,
+    released,
+    spelled,
+    write_release,
+)
 from accessory.models.published import RELEASES
 from accessory.models.published_keys import Tuned, on_meta, release
 from accessory.models.reference import assemble
@@ -242,6 +250,31 @@ def test_a_file_goes_in_and_comes_out(
             assert not again.state[key].any()
         else:
             assert torch.equal(again.state[key], value), key
+
+
+def test_other_forms_are_not_written(small: None, tmp_path: Path) -> None:
+    """What LLaMA-Adapter's code would compute otherwise is refused."""
+    _, state = parts("adapter_v2")
+    torch.save({"model": state}, tmp_path / "v2.pth")
+    torch.save(clip(), tmp_path / "clip.pt")
+    folders = [base_folder(tmp_path / "llama"), tmp_path / "v2.pth", tmp_path / "clip.pt"]
+    config = convert_pictured(folders, tmp_path / "out", cache=tmp_path, pickles=True)
+    for changed, message in (
+        ({"length": 5}, "no release of LLaMA-Adapter has the form"),
+        ({"gate": "raw"}, "no release of LLaMA-Adapter has the form"),
+        ({"plain": False}, "LLaMA-Adapter's LoRA has no alpha, all linears and plain prefixes"),
+    ):
+        specs = [replace(s, **changed) if s.kind == "prefix" else s for s in config.tuning]  # type: ignore[arg-type]
+        build.write_config(tmp_path / "out", replace(config, tuning=tuple(specs)))
+        with pytest.raises(ValueError, match=message):
+            write_release(tmp_path / "out", tmp_path / "back")
+    build.write_config(tmp_path / "out", replace(config, tuning=()))
+    with pytest.raises(ValueError, match="is of prefixes alone"):
+        write_release(tmp_path / "out", tmp_path / "back")
+    with pytest.raises(ValueError, match=r"aligner\.weight has no place"):
+        released("adapter_v2", {"aligner.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="adapter_v2_chat65b is not written"):
+        released("adapter_v2_chat65b", {})
 
 
 def test_red_and_blue_may_be_exchanged(small: None, tmp_path: Path) -> None:

@@ -138,15 +138,14 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Features as LLaMA-Adapter's visual prefix: ``length`` tokens, added to the zero-init prefixes. ``kind`` bind is
-    ImageBind-LLM's, of one vector and 1 token; ``neighbours`` names a file with its cache, one tensor (N, C)."""
+    """Features as LLaMA-Adapter's visual prefix: ``length`` tokens, added to the zero-init prefixes."""
 
+    kind: resampler_of.Kind = "queries"  # or bind: ImageBind-LLM's, of one vector and 1 token
+    neighbours: str | None = None  # of kind bind: a file of its cache, one tensor (N, C)
     length: int = 10
     width: int = 256
     depth: int = 2
     heads: int = 8
-    kind: resampler_of.Kind = "queries"
-    neighbours: str | None = None
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ def model_config(
         tuning = (*tuning, TrainSpec(("projector.*",)))
     if published.resampler:
         made = fill_resampler(published.resampler, published.llama.dim)
-        resampler = ResamplerConfig(made.prefix_len, made.width, made.depth, made.heads, kind=made.kind)
+        resampler = ResamplerConfig(
+            made.kind, length=made.prefix_len, width=made.width, depth=made.depth, heads=made.heads
+        )
         tuning = (*tuning, TrainSpec(("resampler.*",)))
     return ModelConfig(
         backbone=BackboneConfig(backbone, dtype="fp32" if whole == torch.float32 else "bf16"),

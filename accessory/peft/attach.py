@@ -36,17 +36,14 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class PrefixSpec:
-    """Zero-init prefixes of ``length`` tokens in the top ``layers`` blocks (None: in all).
-
-    ``plain``: their keys and values come of the weights alone, not of what hangs on ``wk`` and ``wv``.
-    """
+    """Zero-init prefixes of ``length`` tokens in the top ``layers`` blocks (None: in all)."""
 
     length: int = 10
     layers: int | None = None
     gate: Gate = "tanh"
     new_gate: bool = False
+    plain: bool = False  # keys and values come of the weights of wk and wv alone, not of what hangs on those
     init_std: float = 1.0
-    plain: bool = False
     kind: Literal["prefix"] = "prefix"
 
 

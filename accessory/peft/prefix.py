@@ -36,13 +36,13 @@ class ZeroInitPrefix(nn.Module):
         if gate not in ("tanh", "raw"):
             raise ValueError(f"prefix gate must be 'tanh' or 'raw', got {gate!r}")
         self.head_dim = head_dim
-        # Whether the tokens meet the weights of wk and wv alone, without what hangs on those (LoRA): so LLaMA-Adapter's
-        # own files, while LLaMA2-Accessory's have all of it.
-        self.plain = False
         self.tanh = gate == "tanh"
         self.tokens = nn.Parameter(torch.randn(length, dim) * init_std)
         self.gate = nn.Parameter(torch.zeros(n_heads))
         self.register_parameter("new_gate", nn.Parameter(torch.ones(1)) if new_gate else None)
+        # Whether the tokens meet the weights of wk and wv alone, without what hangs on those (LoRA): so LLaMA-Adapter's
+        # own files, while LLaMA2-Accessory's have all of it.
+        self.plain = False
 
     def forward(self, q: Tensor, attention: Attention, context: Tensor | None) -> Tensor:
         """Attend from rotated queries (B, H, T, A) to the prefix; returns (B, H, T, A) in the dtype of ``q``.

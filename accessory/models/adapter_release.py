@@ -315,8 +315,9 @@ def _form_of(config: ModelConfig) -> str:
         raise ValueError(f"LLaMA-Adapter's LoRA has no alpha, all linears and plain prefixes; this is {low}, {prefix}")
     for kind, row in RELEASES.items():
         form = row.adapter
-        if form is None or (form.layers, form.length, form.blocks or form.bind) != (prefix.layers, prefix.length, seen):
+        if form is None or (form.blocks or form.bind) != seen or (prefix.gate == "raw" and not form.raw):
             continue
-        if prefix.gate == "tanh" or form.raw:
+        wanted = PrefixSpec(form.length, form.layers, prefix.gate, prefix.new_gate, prefix.plain, prefix.init_std)
+        if prefix == wanted:  # in all else that a prefix may have too
             return kind
     raise ValueError(f"no release of LLaMA-Adapter has the form {prefix} with a resampler of {seen}")

@@ -2,28 +2,33 @@
 
     python tools/presets.py [TYPE...]
 
-One line a type of LLaMA2-Accessory. The list of a checkpoint's tensors is written out from the published sizes, laid
-through the importer into the model, all on the device ``meta``: nothing is read and nothing computed. A number that is
-not the published one is marked, and the exit status is 1.
+One line a type of LLaMA2-Accessory, and one a file that LLaMA-Adapter released. The list of a checkpoint's tensors is
+written out from the published sizes, laid through the importer into the model, all on the device ``meta``: nothing is
+read and nothing computed. A number that is not the published one is marked, and the exit status is 1.
 """
 
 import argparse
 import functools
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from accessory.backbone import reference
+from accessory.backbone.keys import build_meta
 from accessory.backbone.llama import LlamaConfig
+from accessory.backbone.reference_folders import arguments
 from accessory.backbone.sizes import SIZES
 from accessory.models import published_keys
+from accessory.models.adapter_release import Found, lay_over, spelled
 from accessory.models.mllm import MLLM
 from accessory.models.published import LLAMA_TYPES, find_type
+from accessory.models.published_keys import Tuned
 from accessory.models.reference import SKIP, assemble, read_published, text_specs
 from accessory.vision.mixture import Member, MixtureConfig, build_mixture
 from accessory.vision.presets import PRESETS
@@ -47,6 +52,46 @@ tensors more."""
 CHECKPOINTS = {"llama_ens": (2349, 16_500_000_000), "llama_ens_light": (None, 3_100_000_000)}
 """Tensors (where they were counted) and parameters of whole checkpoints; the latter are published with one digit behind
 the comma, in thousand millions: 16.5 for SPHINX, about 3.1 for SPHINX-Tiny."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of LLaMA-Adapter: what it tunes, and the numbers that are published of its parts."""
+
+    name: str
+    parts: dict[str, int]
+    tuned: Tuned
+
+
+_V2 = {"adapter_query": 1_269_760, "gates": 1024, "visual blocks": 56_702_976}
+_BIAS = {"biases": 1_097_728, "norms": 266_240}
+_LORA = {"LoRA": 39_976_960}
+_BIND = {"bind blocks": 3 * 201_326_592}
+RELEASED: dict[str, tuple[File, ...]] = {
+    "adapter_v1": (File("len10_layer30", {"adapter_query": 1_228_800, "gates": 1024}, Tuned()),),
+    "adapter_v1_caption": (File("len10_layer30_caption_vit_l", {"adapter_query": 1_228_800, "gates": 1024}, Tuned()),),
+    "adapter_v2": (
+        File("CAPTION-7B", _V2, Tuned()),
+        File("BIAS-7B", _V2 | _BIAS, Tuned(True, True)),
+        File("LORA-BIAS-7B, -v21", _V2 | _BIAS | _LORA, Tuned(True, True, 16, True)),
+    ),
+    "adapter_v2_chat65b": (File("chat65b", {}, Tuned()),),
+    "imagebind_llm": (
+        File("7B-pretrained", _BIND, Tuned()),
+        File("7B", _BIND | _BIAS | _LORA, Tuned(True, True, 16)),
+    ),
+}
+PARTS = {
+    "adapter_query": r"adapter_query",
+    "gates": r"(?<!new_)gate$",
+    "visual blocks": r"visual_blocks\.",
+    "biases": r"\.w[qkvo123]\.bias$",
+    "norms": r"(^|\.)(attention_norm|ffn_norm|norm)\.weight$",
+    "LoRA": r"\.lora_",
+    "bind blocks": r"image_bind_f",
+}
+"""Which names a part has."""
+FILES = "release,base,file,blocks,length,tensors,parameters,with base"
 COLUMNS = "type,backbone,side,views,tokens,positions,encoders,joints,backbone parameters,all parameters,tensors,notes"
 
 
@@ -84,18 +129,6 @@ def tower_of(preset: str) -> Tower:
 
     with torch.device("meta"):
         return build_mixture(config, make)
-
-
-def arguments(config: LlamaConfig) -> dict[str, Any]:
-    """A checkpoint's ``config.json``."""
-    c = config
-    out: dict[str, Any] = {
-        "dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
-        "vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-    }  # fmt: skip
-    if c.moe is None:
-        return out | {"multiple_of": 256}
-    return out | {"hidden_dim": c.ffn_dim, "moe": {"num_experts": c.moe.experts, "num_experts_per_tok": c.moe.top}}
 
 
 def imported(kind: str, config: LlamaConfig) -> tuple[MLLM, published_keys.Shapes]:
@@ -145,6 +178,33 @@ def row_of(kind: str) -> Row:
     return Row(kind, cells, tuple(problems))
 
 
+def files_of(kind: str) -> list[Row]:
+    """The files of a release of LLaMA-Adapter, laid over a LLaMA of their size."""
+    row, rows = find_type(kind), list[Row]()
+    form, config = row.adapter, SIZES[row.size]
+    assert form is not None
+    base = {k: v.half() for k, v in build_meta(config).state_dict().items()}
+    for file in RELEASED[kind]:
+        shapes, problems = published_keys.release(kind, config, file.tuned), list[str]()
+        for part, parameters in file.parts.items():
+            found = {k: s for k, s in shapes.items() if re.search(PARTS[part], k) and "visual_blocks" not in k}
+            found |= {k: s for k, s in shapes.items() if part == "visual blocks" and re.search(PARTS[part], k)}
+            same(problems, f"{kind}: {part} of {file.name}", published_keys.count(found), parameters)
+        tower = None if row.tower is None else tower_of(row.tower)
+        clip = {} if tower is None else tower.get_submodule("model").state_dict()
+        found_file = Found(
+            {spelled(k): v for k, v in published_keys.on_meta(shapes).items()},
+            clip={f"visual.{k}": v for k, v in clip.items()},
+        )
+        with torch.device("meta"):
+            net = assemble(lay_over(config, base, found_file, kind), tower)
+        held = sum(p.numel() for n, p in net.named_parameters() if not n.startswith("tower."))
+        numbers = (published_keys.count(shapes), held)
+        cells = (kind, row.size, file.name, str(form.layers), str(form.length), str(len(shapes)))
+        rows.append(Row(kind, (*cells, *(f"{n:,}" for n in numbers)), tuple(problems)))
+    return rows
+
+
 def same(problems: list[str], what: str, ours: int, published: int) -> None:
     """Note a difference."""
     if ours != published:
@@ -160,14 +220,18 @@ def supported() -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="llama_type (default: all that see)")
-    rows = [row_of(kind) for kind in parser.parse_args(arguments).types or supported()]
-    table = [COLUMNS.split(","), *(list(row.cells) for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
-    problems = [p for row in rows for p in row.problems]
-    print("\n".join(problems) if problems else f"{len(rows)} types, every number as published")
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="llama_type or release (default: all that see)")
+    kinds = parser.parse_args(arguments).types or [*supported(), *RELEASED]
+    rows = [row_of(kind) for kind in kinds if kind not in RELEASED]
+    files = [row for kind in kinds if kind in RELEASED for row in files_of(kind)]
+    for columns, lines in ((COLUMNS, rows), (FILES, files)):
+        table = [columns.split(","), *(list(row.cells) for row in lines)] if lines else []
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))] if lines else []
+        for line in table:
+            print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+    problems = [p for row in (*rows, *files) for p in row.problems]
+    counted = [f"{len(found)} {what}" for what, found in (("types", rows), ("files", files)) if found]
+    print("\n".join(problems) if problems else f"{' and '.join(counted)}, every number as published")
     return 1 if problems else 0
 
 

@@ -63,6 +63,24 @@ def shard_files(folder: Path) -> list[Path]:
     return [by_rank[i] for i in range(count)]
 
 
+def read_shard(path: Path, *, pickles: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, those under ``model`` where it has that, and in that case what stands beside them.
+
+    Raises:
+        ValueError: as ``load_pickle``, and for entries among the tensors that are none.
+    """
+    whole: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        whole |= store.read_file(path)
+    else:
+        whole |= load_pickle(path, allowed=pickles)
+    inner = whole.get("model")
+    state = inner if isinstance(inner, dict) else whole
+    if odd := [k for k, v in state.items() if not isinstance(v, Tensor)]:
+        raise ValueError(f"{path} holds entries that are not tensors: {', '.join(map(str, odd[:20]))}")
+    return state, {} if state is whole else {k: v for k, v in whole.items() if k != "model"}
+
+
 def merge_folder(folder: Path, *, pickles: bool = False, whole: Collection[str] = ()) -> dict[str, Tensor]:
     """All tensors of a folder of shards, whole, without the prefix ``llma.`` and rotary tables.
 
@@ -73,12 +91,7 @@ def merge_folder(folder: Path, *, pickles: bool = False, whole: Collection[str] 
     """
     shards = []
     for path in shard_files(folder):
-        state = store.read_file(path) if path.suffix == ".safetensors" else load_pickle(path, allowed=pickles)
-        inner = state.get("model")
-        state = inner if isinstance(inner, dict) else state
-        odd = [k for k, v in state.items() if not isinstance(v, Tensor)]
-        if odd:
-            raise ValueError(f"{path} holds entries that are not tensors: {', '.join(map(str, odd[:20]))}")
+        state, _ = read_shard(path, pickles=pickles)
         names = {k: k.removeprefix("llma.") for k in state}
         shards.append({n: state[k] for k, n in names.items() if n != "rope.freqs" and not n.endswith("freqs_cis")})
     return merge_shards(shards, str(folder), whole)

@@ -149,7 +149,7 @@ def fold(language: Language) -> tuple[LlamaConfig, dict[str, Tensor]]:
     return config, {k: v.detach() for k, v in state.items()} | zero
 
 
-def _arguments(config: LlamaConfig) -> dict[str, Any]:
+def arguments(config: LlamaConfig) -> dict[str, Any]:
     """The reference's ``config.json`` for a LLaMA or Mixtral; ValueError for options that it does not have."""
     c = config
     plain = LlamaConfig(
@@ -192,7 +192,7 @@ def write_reference(
     if count < 1 or config.n_heads % count or config.kv_heads % count:
         raise ValueError(f"tensor-parallel {count} must divide the heads: {config.n_heads} and {config.kv_heads}")
     kind = "llama" if config.moe is None else "mixtral_sparse" if sparse else "mixtral"
-    args = _arguments(config)
+    args = arguments(config)
     if config.moe is not None:
         # The dense files apply the weight of the balancing loss twice.
         args["load_balancing_weight"] = config.moe.balance if sparse else config.moe.balance**0.5

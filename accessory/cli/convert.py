@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accessory.models.gate import Measure
     from accessory.peft.quantize import Quantization
 
-TARGET_HELP = "layout of DST; model: a model folder, from one of LLaMA2-Accessory that sees"
+TARGET_HELP = "layout of DST; model: a model folder, of LLaMA2-Accessory's that sees or a release of LLaMA-Adapter"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -30,7 +30,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
-    parser.add_argument("--overlay", type=Path, nargs="+", default=(), metavar="DIR", help="folders laid over SRC")
+    over = "folders laid over SRC; --to model: also LLaMA-Adapter's .pth files, and the file of the CLIP they see with"
+    parser.add_argument("--overlay", type=Path, nargs="+", default=(), metavar="DIR", help=over)
     targets = ("accessory", "hf", "reference", "model")
     parser.add_argument("--to", dest="target", choices=targets, default="accessory", help=TARGET_HELP)
     parser.add_argument("--sparse", action="store_true", help="block-sparse experts (only --to reference)")
@@ -47,12 +48,17 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
     parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
-    parser.add_argument("--llama-type", metavar="TYPE", help="only --to model (default: that of SRC/meta.json)")
+    kinds = "only --to model: a llama_type or a release (default: that of SRC/meta.json, or by the names in the file)"
+    parser.add_argument("--llama-type", metavar="TYPE", help=kinds)
+    gates = "only for LLaMA-Adapter's files (default: what the published code runs them with, raw for V1)"
+    parser.add_argument("--prefix-gate", choices=("tanh", "raw"), help=gates)
     parser.add_argument(
         "--clip-activation",
         choices=("gelu", "quick_gelu"),
         help="only --to model: what CLIP runs with (default: what the published code runs the released files with)",
     )
+    bgr = "only --to model: show the encoder red as blue, as LLaMA-Adapter V2 and ImageBind-LLM were trained"
+    parser.add_argument("--bgr", action="store_true", help=bgr)
     parser.set_defaults(main=main)
 
 
@@ -185,22 +191,42 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--quantize {args.quantize} needs --to accessory, and no --tensor-parallel")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
-    if (args.llama_type or args.clip_activation) and args.target != "model":
-        raise ValueError("--llama-type and --clip-activation need --to model")
+    if (args.llama_type or args.clip_activation or args.prefix_gate or args.bgr) and args.target != "model":
+        raise ValueError("--llama-type, --clip-activation, --prefix-gate and --bgr need --to model")
 
 
 def _pictured(args: argparse.Namespace) -> int:
-    """A model with its encoders."""
+    """A model with its encoders, or with prefixes, which no plain language model has."""
+    from accessory.backbone.hf import has_tokenizer
     from accessory.models.reference_folder import convert_pictured
 
-    if args.dtype or args.tokenizer or args.source not in ("auto", "meta"):
-        raise ValueError("--to model takes SRC as it is: no --dtype, --tokenizer or --from")
-    folders = [args.src, *args.overlay]
-    config = convert_pictured(folders, args.dst, kind=args.llama_type, activation=args.clip_activation, pickles=True)
-    assert config.tower is not None
-    print(f"{args.dst}: model folder with the tower {config.tower.preset}, template {config.template}")
-    for name, digest in config.tower.encoders.items():
+    if args.dtype or args.source not in ("auto", "meta"):
+        raise ValueError("--to model takes SRC as it is: no --dtype or --from")
+    if args.tokenizer is not None and not has_tokenizer(args.tokenizer):
+        raise ValueError(f"--tokenizer {args.tokenizer} holds no tokenizer")
+    config = convert_pictured(
+        [args.src, *args.overlay],
+        args.dst,
+        kind=args.llama_type,
+        activation=args.clip_activation,
+        pickles=True,
+        tokenizer=args.tokenizer,
+        gate=args.prefix_gate,
+        bgr=args.bgr,
+    )
+    sees = "no tower" if config.tower is None else f"the tower {config.tower.preset}"
+    print(f"{args.dst}: model folder with {sees}, template {config.template}")
+    for name, digest in () if config.tower is None else config.tower.encoders.items():
         print(f"encoder {name}: {digest}")
+    return 0
+
+
+def _adapter(args: argparse.Namespace) -> int:
+    """What was trained as a file of LLaMA-Adapter's own."""
+    from accessory.models.adapter_release import write_release
+
+    kind = write_release(args.src, args.dst)
+    print(f"{args.dst}/{kind}.pth: what {args.src} has beside its language model and its encoder")
     return 0
 
 
@@ -209,6 +235,8 @@ def _trained(args: argparse.Namespace) -> int:
 
     from accessory.models.export import export
 
+    if args.target == "reference":
+        return _adapter(args)
     target = f"to {args.target}"
     said = (
         (target, args.target != "accessory"),

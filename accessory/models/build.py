@@ -31,8 +31,8 @@ from accessory.models.mllm import MLLM
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.peft.quantize import Quantization, found, quantize
 from accessory.vision import presets
+from accessory.vision import resampler as resampler_of
 from accessory.vision.projector import Kind, Projector
-from accessory.vision.resampler import Resampler
 from accessory.vision.tower import Tower
 from accessory.vision.weights import load_efficientnet_lite, load_encoders, load_tower
 
@@ -111,7 +111,8 @@ class BackboneConfig:
 class TowerSource:
     """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones.
 
-    ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``encoders``: the
+    ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``bgr``: see
+    :class:`accessory.vision.tower.Tower`. ``encoders``: the
     SHA-256 of published encoders in the store (:mod:`accessory.models.encoder_store`) by their prefix, in place of
     ``weights``.
     """
@@ -119,6 +120,7 @@ class TowerSource:
     preset: str = "efficientnet-lite0"
     weights: str | None = "asset:efficientnet-lite0"
     activation: presets.Activation | None = None
+    bgr: bool = False
     encoders: dict[str, str] = field(default_factory=dict)
 
 
@@ -140,6 +142,8 @@ class ResamplerConfig:
     projector pictures take no position. A dialogue brings at most ``max_tiles``, whose mean the prefix is; the
     published models take one picture."""
 
+    kind: resampler_of.Kind = "queries"  # or bind: ImageBind-LLM's, of one vector and 1 token
+    neighbours: str | None = None  # of kind bind: a file of its cache, one tensor (N, C)
     length: int = 10
     width: int = 256
     depth: int = 2
@@ -207,7 +211,9 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         projector = Projector(tower.groups, backbone.config.dim, p.layers, p.start_end, p.words, p.sharpness)
     if tower is not None and config.resampler is not None:
         r = config.resampler
-        resampler = Resampler(tower.width, backbone.config.dim, r.length, width=r.width, depth=r.depth, heads=r.heads)
+        sizes = {"length": r.length, "width": r.width, "depth": r.depth, "heads": r.heads}
+        known = None if r.neighbours is None else next(iter(read_file(find(r.neighbours)).values()))
+        resampler = resampler_of.make(r.kind, tower.width, backbone.config.dim, vectors=known, **sizes)
     if tower is not None and config.tiling.size != tower.size:
         raise ValueError(f"tiling.size is {config.tiling.size}, the tower {config.tower} takes {tower.size} pixels")
     net = MLLM(backbone, tower, projector, resampler)
@@ -314,7 +320,7 @@ def _gguf(path: Path) -> Path | None:
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     """An encoder with its weights, frozen or not as it comes from the library."""
-    tower = presets.build(config.preset, config.activation)
+    tower = presets.build(config.preset, config.activation, config.bgr)
     if config.encoders:
         if config.weights is not None:
             raise ValueError(f"tower.weights is {config.weights!r} and tower.encoders is given: write one of them")

@@ -1,13 +1,40 @@
-"""Every ``llama_type`` of LLaMA2-Accessory as a value: what it reads with, what it sees with, and what it trains."""
+"""Every ``llama_type`` of LLaMA2-Accessory as a value: what it reads with, what it sees with, and what it trains; and
+the releases of LLaMA-Adapter, which came before it and are single files beside LLaMA's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ENCODERS = ("clip", "openclip_convnext_xxl", "dinov2_vitg14", "qformer")
 """Prefixes of encoders in published files; members of our mixtures are named after them."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a release of LLaMA-Adapter holds, and how it differs from LLaMA2-Accessory's ``llama_adapter``.
+
+    ``layers`` blocks, the topmost, have a prefix of ``length`` tokens; all blocks of the file have a gate. ``tokens``
+    and ``gate`` are their names there. ``raw``: gates go without tanh. ``wrapped``: names of the language model begin
+    with ``llama.``. ``tuned``: biases, norms and LoRA may be among them, LoRA with one more gate a block if
+    ``new_gate``. ``scaled``: a chat model without a prefix, where every linear has a bias and a scale of its input.
+    ``blocks``: width and number of the visual blocks over
+    ``features``; ``bind``: width and number of those of ImageBind-LLM's network over a vector.
+    """
+
+    layers: int = 30
+    length: int = 10
+    tokens: str = "adapter_query"
+    gate: str = "gate"
+    raw: bool = False
+    wrapped: bool = True
+    tuned: bool = True
+    new_gate: bool = False
+    scaled: bool = False
+    features: int = 768
+    blocks: tuple[int, int] | None = None
+    bind: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -20,6 +47,7 @@ class LlamaType:
     learned vectors stand around every view. ``declared`` is what the published code subtracts from its budget for a
     picture where that is another number. ``size``: the name of the size that silent
     arguments mean; ``defaults``: arguments whose default differs from that of the language model's own type.
+    ``adapter``: of a release of LLaMA-Adapter.
     """
 
     text: str = "llama"
@@ -33,6 +61,7 @@ class LlamaType:
     size: str = "llama2-7b"
     defaults: tuple[tuple[str, Any], ...] = ()
     released: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
 
 def _clip(text: str, size: str = "llama2-7b") -> LlamaType:
@@ -86,11 +115,39 @@ LLAMA_TYPES: dict[str, LlamaType] = {
 """By the name that a checkpoint's ``meta.json`` holds. Every one is the same model with other slots filled."""
 
 
+def _release(adapter: Adapter, *files: str, size: str = "llama-7b", tower: str | None = None) -> LlamaType:
+    text = "llama_peft" if adapter.scaled else "llama_adapter"
+    encoders = () if tower is None else ("clip",)
+    return LlamaType(text, tower, encoders, size=size, released=files, adapter=adapter)
+
+
+_V1 = Adapter(raw=True, wrapped=False, tuned=False)
+RELEASES: dict[str, LlamaType] = {
+    # Their training code puts the gate through tanh, the code that runs these two files does not: --prefix-gate.
+    "adapter_v1": _release(_V1, "llama_adapter_len10_layer30_release"),
+    "adapter_v1_caption": _release(
+        replace(_V1, tokens="cap_adapter_query", gate="cap_gate", blocks=(512, 2)),
+        "llama_adapter_len10_layer30_caption_vit_l", tower="clip-l-projected",
+    ),
+    "adapter_v2": _release(
+        Adapter(31, new_gate=True, blocks=(768, 8)), "BIAS-7B", "LORA-BIAS-7B", "LORA-BIAS-7B-v21", "CAPTION-7B",
+        tower="clip-l-projected",
+    ),
+    "adapter_v2_chat65b": _release(Adapter(0, 0, wrapped=False, tuned=False, scaled=True), "chat65b", size="llama-65b"),
+    "imagebind_llm": _release(
+        Adapter(32, 1, "prefix_query", features=1024, bind=(16384, 3)), "7B", "7B-pretrained",
+        tower="clip-h-projected",
+    ),
+}  # fmt: skip
+"""LLaMA-Adapter's own files, by names of ours."""
+
+
 def find_type(kind: str) -> LlamaType:
-    """The type called ``kind``; ValueError lists those that exist."""
-    if kind not in LLAMA_TYPES:
-        raise ValueError(f"llama_type {kind!r} is not one of {', '.join(LLAMA_TYPES)}")
-    return LLAMA_TYPES[kind]
+    """The type or release called ``kind``; ValueError lists those that exist."""
+    every = LLAMA_TYPES | RELEASES
+    if kind not in every:
+        raise ValueError(f"llama_type {kind!r} is not one of {', '.join(every)}")
+    return every[kind]
 
 
 _TUNED = ("llama_peft", "llama_adapter", "llama_ens_peft", "mixtral_peft")

@@ -1,4 +1,5 @@
-"""Names and shapes of every tensor in LLaMA2-Accessory's checkpoints, for the full sizes, without the checkpoints.
+"""Names and shapes of every tensor in the checkpoints of LLaMA2-Accessory and LLaMA-Adapter, for the full sizes,
+without the checkpoints.
 
 The encoders are written out from their published sizes, independently of the modules that read them, so that an
 importer can be held against the whole list on ``meta``.
@@ -7,6 +8,7 @@ importer can be held against the whole list on ``meta``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from accessory.backbone.keys import build_meta
 from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.reference import dense_to_sparse
-from accessory.models.published import find_type
+from accessory.models.published import Adapter, find_type
 from accessory.peft.attach import TuningSpec, attach
 
 Shape = tuple[int, ...]
@@ -133,14 +135,15 @@ def joints(kind: str, dim: int, prefix_len: int = 10) -> Shapes:
     return out | (_affine("visual_proj.0", dim, joined) | _affine("visual_proj.1", dim) if joined else {})
 
 
-def _resampler(dim: int, prefix_len: int) -> Shapes:
-    out = {"visual_query": (prefix_len, 768)} | _affine("clip_proj", 768, 768) | _affine("clip_proj_norm", 768)
-    for i in range(8):
+def _resampler(dim: int, prefix_len: int, width: int = 768, depth: int = 8, features: int = 768) -> Shapes:
+    out = {"visual_query": (prefix_len, width)} | _affine("clip_proj", width, features)
+    out |= _affine("clip_proj_norm", width)
+    for i in range(depth):
         at = f"visual_blocks.{i}"
-        out |= _affine(f"{at}.norm1", 768) | _affine(f"{at}.norm2", 768) | _affine(f"{at}.attn.qkv", 3 * 768, 768)
-        out |= _affine(f"{at}.attn.proj", 768, 768)
-        out |= _affine(f"{at}.mlp.fc1", 4 * 768, 768) | _affine(f"{at}.mlp.fc2", 768, 4 * 768)
-    return out | _affine("visual_proj", dim, 768) | _affine("visual_proj_norm", dim)
+        out |= _affine(f"{at}.norm1", width) | _affine(f"{at}.norm2", width)
+        out |= _affine(f"{at}.attn.qkv", 3 * width, width) | _affine(f"{at}.attn.proj", width, width)
+        out |= _affine(f"{at}.mlp.fc1", 4 * width, width) | _affine(f"{at}.mlp.fc2", width, 4 * width)
+    return out | _affine("visual_proj", dim, width) | _affine("visual_proj_norm", dim)
 
 
 def language(config: LlamaConfig, specs: tuple[TuningSpec, ...] = ()) -> Shapes:
@@ -159,6 +162,75 @@ def language(config: LlamaConfig, specs: tuple[TuningSpec, ...] = ()) -> Shapes:
     for part, shapes in prefixes.items():
         layers = len(shapes)
         out[names[part]] = {"tokens": (layers, 1, *shapes[0]), "gate": (layers, *shapes[0])}.get(part, (layers,))
+    return out
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a release of LLaMA-Adapter tunes beside its prefixes. ``bias``: of all linears but keys and values; ``rank``
+    of LoRA on all linears, 0 without; ``legacy``: ImageBind-LLM's first form, whose network has biases."""
+
+    bias: bool = False
+    norm: bool = False
+    rank: int = 0
+    new_gate: bool = False
+    legacy: bool = False
+
+
+def release(kind: str, config: LlamaConfig, tuned: Tuned | None = None) -> Shapes:
+    """The whole file of a release of LLaMA-Adapter beside a LLaMA of the sizes ``config``, merged where it is cut.
+
+    Raises:
+        ValueError: for a ``kind`` that is none.
+    """
+    form, tuned = find_type(kind).adapter, tuned or Tuned()
+    if form is None:
+        raise ValueError(f"{kind} is no release of LLaMA-Adapter")
+    llama = "llama." if form.wrapped else ""
+    out: Shapes = {f"{form.tokens}.weight": (form.layers * form.length, config.dim)} if form.layers else {}
+    for i in range(config.n_layers):
+        at = f"{llama}layers.{i}"
+        if form.layers:
+            out[f"{at}.attention.{form.gate}"] = (1, config.n_heads, 1, 1)
+        if tuned.new_gate:
+            out[f"{at}.attention.new_gate"] = (1, 1, 1, 1)
+        out |= _tuned_linears(at, config, form, tuned)
+        if tuned.norm or form.scaled:
+            out |= {f"{at}.attention_norm.weight": (config.dim,), f"{at}.ffn_norm.weight": (config.dim,)}
+    if tuned.norm or form.scaled:
+        out[f"{llama}norm.weight"] = (config.dim,)
+    if form.blocks is not None:
+        seen = _resampler(config.dim, form.length, *form.blocks, form.features)
+        out |= {"visual_query.weight": seen.pop("visual_query")} | seen
+    return out if form.bind is None else out | _bind(config.dim, form.features, *form.bind, tuned.legacy)
+
+
+def _tuned_linears(at: str, config: LlamaConfig, form: Adapter, tuned: Tuned) -> Shapes:
+    """What is beside the seven matrices of a block."""
+    out: Shapes = {}
+    hidden, heads, keys = config.hidden_width, config.n_heads * config.head_width, config.kv_heads * config.head_width
+    ends = {"wq": (heads, config.dim), "wk": (keys, config.dim), "wv": (keys, config.dim), "wo": (config.dim, heads)}
+    ends |= {"w1": (hidden, config.dim), "w2": (config.dim, hidden), "w3": (hidden, config.dim)}
+    for name, (rows, columns) in ends.items():
+        part = f"{at}.{'feed_forward' if name[1].isdigit() else 'attention'}"
+        if form.scaled:
+            out |= {f"{part}.{name}_bias": (rows,), f"{part}.{name}_scale": (columns,)}
+        if tuned.bias and name not in ("wk", "wv"):
+            out[f"{part}.{name}.bias"] = (rows,)
+        if tuned.rank:
+            out[f"{part}.lora_{name}_l1.weight"] = (tuned.rank, columns)
+            out[f"{part}.lora_{name}_l2.weight"] = (rows, tuned.rank)
+    return out
+
+
+def _bind(dim: int, features: int, width: int, depth: int, legacy: bool) -> Shapes:
+    """ImageBind-LLM's network from a vector to a token."""
+    out = _affine("image_bind_proj", dim, features)
+    for i in range(1, depth + 1):
+        parts = _affine(f"image_bind_norm_{i}", dim)
+        parts |= _affine(f"image_bind_f1_{i}", width, dim) | _affine(f"image_bind_f3_{i}", width, dim)
+        parts |= _affine(f"image_bind_f2_{i}", dim, width)
+        out |= {k: v for k, v in parts.items() if legacy or not k.endswith(".bias")}
     return out
 
 

@@ -15,13 +15,14 @@ from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.sizes import SIZES
 from accessory.models.mllm import MLLM
 from accessory.models.published import ENCODERS, LlamaType, find_type, trains
-from accessory.peft.attach import BiasSpec, TrainSpec, TuningSpec, attach
+from accessory.peft.attach import BiasSpec, PrefixSpec, TrainSpec, TuningSpec, attach
+from accessory.peft.prefix import Gate
 from accessory.vision.projector import Projector
-from accessory.vision.resampler import Resampler
+from accessory.vision.resampler import Bind, Resampler
 from accessory.vision.tower import Tower
 from accessory.vision.weights import check_keys, load_encoders
 
-_VISUAL = ("clip_proj.", "clip_proj_norm.", "qformer_proj.", "visual_", "start_img", "end_img")
+_VISUAL = ("clip_proj.", "clip_proj_norm.", "qformer_proj.", "visual_", "start_img", "end_img", "image_bind_")
 _CLIP_ONLY = {"clip_proj.": "visual_proj.0.", "clip_proj_norm.": "visual_proj.1."}
 SKIP = "skip"  # the published models know no blank tiles
 
@@ -83,6 +84,9 @@ def text_specs(args: Mapping[str, Any], kind: str) -> tuple[TuningSpec, ...]:
     """What hangs on the language model of a type under its arguments."""
     row = find_type(kind)
     specs = reference.read_specs({**dict(row.defaults), **args}, _text_kind(row))
+    if row.adapter is not None:
+        gate: Gate = "raw" if row.adapter.raw else "tanh"
+        return tuple(replace(s, gate=gate, plain=True) if isinstance(s, PrefixSpec) else s for s in specs)
     if row.text != "llama_ens_peft":
         return specs
     fewer = reference.BIASED["llama_adapter"]  # keys and values have no bias there
@@ -177,18 +181,23 @@ def fill_projector(published: Published, tower: Tower) -> Projector:
 
 
 def fill_resampler(state: Mapping[str, Tensor], dim: int, heads: int = 16) -> Resampler:
-    """LLaMA-Adapter's visual prefix, its sizes read off the tensors."""
-    width, features = state["clip_proj.weight"].shape
-    depth = len({k.split(".")[1] for k in state if k.startswith("visual_blocks.")})
-    resampler = Resampler(
-        features,
-        dim,
-        state["visual_query.weight"].shape[0],
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_ratio=state["visual_blocks.0.mlp.fc1.weight"].shape[0] / width,
-    )
+    """LLaMA-Adapter's visual prefix or ImageBind-LLM's network, their sizes read off the tensors."""
+    resampler: Resampler
+    if "image_bind_proj.weight" in state:
+        width, depth = state["image_bind_f1_1.weight"].shape[0], sum("_f1_" in k and "weight" in k for k in state)
+        legacy = "image_bind_norm_1.bias" in state
+        resampler = Bind(state["image_bind_proj.weight"].shape[1], dim, width=width, depth=depth, legacy=legacy)
+    else:
+        width, features = state["clip_proj.weight"].shape
+        resampler = Resampler(
+            features,
+            dim,
+            state["visual_query.weight"].shape[0],
+            width=width,
+            depth=len({k.split(".")[1] for k in state if k.startswith("visual_blocks.")}),
+            heads=heads,
+            mlp_ratio=state["visual_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        )
     check_keys(resampler.state_dict(), state, "the resampler")
     resampler.load_state_dict(dict(state), strict=True, assign=True)
     return resampler

@@ -1,4 +1,4 @@
-"""Folders of LLaMA2-Accessory's models with pictures, as model folders of ours."""
+"""LLaMA2-Accessory's models with pictures and LLaMA-Adapter's releases, as model folders of ours."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from accessory.backbone.keys import expected_shapes
 from accessory.backbone.reference_folders import CONFIG, META, laid_over, llama_type
 from accessory.backbone.weights import save_accessory
 from accessory.data.tiling import TilingConfig
+from accessory.models.adapter_release import is_release, read_release
 from accessory.models.build import (
     WEIGHTS_FILE,
     BackboneConfig,
@@ -29,7 +30,8 @@ from accessory.models.build import (
 from accessory.models.encoder_store import keep_encoder
 from accessory.models.published import find_type
 from accessory.models.reference import SKIP, Published, fill_resampler, read_published
-from accessory.peft.attach import TrainSpec, TuningSpec
+from accessory.peft.attach import PrefixSpec, TrainSpec, TuningSpec
+from accessory.peft.prefix import Gate
 from accessory.vision.presets import Activation
 
 
@@ -52,7 +54,8 @@ def read_pictured(folders: Sequence[Path], kind: str | None = None, *, pickles: 
     if find_type(kind).tower is None:
         raise ValueError(f"{shown}: a {kind} only reads; it is converted as a language model")
     published = read_published(laid_over(folders, pickles=pickles), store.read_json(configs[-1]), kind)
-    if not published.sees or not published.encoders:
+    reads = any(isinstance(s, PrefixSpec) for s in published.specs)  # no plain language model, though it may not see
+    if (not published.sees or not published.encoders) and (published.sees or published.encoders or not reads):
         raise ValueError(f"{shown} holds no encoder or no projection of a {kind}: it is a language model alone")
     return published
 
@@ -66,20 +69,32 @@ def convert_pictured(
     template: str | None = None,
     cache: Path | None = None,
     pickles: bool = False,
+    tokenizer: Path | None = None,
+    gate: Gate | None = None,
+    bgr: bool = False,
 ) -> ModelConfig:
     """Write a model folder from published ones, all or nothing; its encoders go to the store of ``cache``.
 
     The language model is in ``out/backbone``; what the type tunes, with the projection, is what the model folder
-    holds. ``activation`` and ``template`` None are those of the type. Raises as :func:`read_pictured`.
+    holds. ``activation`` and ``template`` None are those of the type; ``tokenizer`` None: the folder's own; ``bgr``:
+    the encoder sees red and blue exchanged. Over the
+    first of ``folders`` may lie files of LLaMA-Adapter, for which ``gate`` is. Raises as :func:`read_pictured` and
+    :func:`accessory.models.adapter_release.read_release`.
     """
-    published = read_pictured(folders, kind, pickles=pickles)
+    folders = [Path(f) for f in folders]
+    if is_release(folders, kind):
+        published = read_release(folders[0], folders[1:], kind, gate=gate, pickles=pickles)
+    elif gate is not None:
+        raise ValueError(f"gate {gate} is for releases of LLaMA-Adapter, not for {kind or 'folders with a meta.json'}")
+    else:
+        published = read_pictured(folders, kind, pickles=pickles)
     plain = set(expected_shapes(published.llama))
     base = {k: v for k, v in published.backbone.items() if k in plain}
     encoders = {name: keep_encoder(state, cache) for name, state in published.encoders.items()}
-    config = model_config(published, f"{Path(out).resolve().name}/backbone", encoders, activation, template)
+    config = model_config(published, f"{Path(out).resolve().name}/backbone", encoders, activation, template, bgr)
     with store.atomic_folder(out) as private:
         save_accessory(published.llama, base, private / "backbone")
-        words = [Path(f) for f in folders if has_tokenizer(Path(f))]
+        words = [f for f in (*folders, *((tokenizer,) if tokenizer else ())) if has_tokenizer(f)]
         for file in TOKENIZER_FILES if words else ():
             if (words[-1] / file).is_file():
                 shutil.copyfile(words[-1] / file, private / "backbone" / file)
@@ -107,6 +122,7 @@ def model_config(
     encoders: Mapping[str, str],
     activation: Activation | None = None,
     template: str | None = None,
+    bgr: bool = False,
 ) -> ModelConfig:
     """The configuration of a converted checkpoint; ``backbone``: where its language model lies, as ``build.find``
     finds it."""
@@ -119,11 +135,13 @@ def model_config(
         tuning = (*tuning, TrainSpec(("projector.*",)))
     if published.resampler:
         made = fill_resampler(published.resampler, published.llama.dim)
-        resampler = ResamplerConfig(made.prefix_len, made.clip_proj.out_features, len(made.visual_blocks), made.heads)
+        resampler = ResamplerConfig(
+            made.kind, length=made.prefix_len, width=made.width, depth=made.depth, heads=made.heads
+        )
         tuning = (*tuning, TrainSpec(("resampler.*",)))
     return ModelConfig(
         backbone=BackboneConfig(backbone, dtype="fp32" if whole == torch.float32 else "bf16"),
-        tower=TowerSource(str(row.tower), None, activation, dict(encoders)),
+        tower=TowerSource(str(row.tower), None, activation, bgr, dict(encoders)) if published.sees else None,
         projector=projector,
         resampler=resampler,
         tuning=tuning,
@@ -136,6 +154,6 @@ def model_config(
 def _template(kind: str) -> str:
     """SPHINX's dialogues, and the instructions that the models with one encoder were tuned on."""
     row: Any = find_type(kind)
-    if len(row.encoders) > 1:
+    if len(row.encoders) > 1 or (row.adapter is not None and row.adapter.scaled):
         return "sphinx"
     return "alpaca_clip" if row.before_bos else "alpaca"

@@ -44,6 +44,11 @@ class Linear(nn.Linear):
         """Whether the output is ``W x`` and nothing else."""
         return self.bias is None and self.delta is None and self.scale is None
 
+    def plain(self, x: Tensor) -> Tensor:
+        """``W x`` alone, whatever bias, delta or scale the layer has."""
+        kernel = self.kernel
+        return kernel.joined(x) if kernel is not None and kernel.fits(self.weight) else product(x, self.weight)
+
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The output for input ``x`` from a product ``y = W x`` that was computed elsewhere."""
         return self._adapt(y if self.bias is None else y + self.bias.to(y.dtype), x)

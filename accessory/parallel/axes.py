@@ -26,6 +26,7 @@ SUFFIXES: dict[str, tuple[Rule, Rule]] = {
     "weight": (0, 1),
     "bias": (0, None),
     "scale": (0, None),
+    "input_scale": (None, 0),  # of LLaMA-Adapter's chat65b
     "delta.a.weight": (None, 1),
     "delta.b.weight": (0, None),
     "lora_a.weight": (None, 1),

@@ -4,8 +4,8 @@
 optionally ``merge``.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -47,6 +47,7 @@ class PrefixSpec:
     layers: int | None = None
     gate: Gate = "tanh"
     new_gate: bool = False
+    plain: bool = False  # keys and values come of the weights of wk and wv alone, not of what hangs on those
     init_std: float = 1.0
     early: int | None = None
     kind: Literal["prefix"] = "prefix"
@@ -211,6 +212,7 @@ def _add_prefixes(backbone: nn.Module, spec: PrefixSpec, dtype: torch.dtype | No
         prefix = ZeroInitPrefix(
             width // attention.head_dim, attention.head_dim, dim, length, spec.gate, spec.new_gate, spec.init_std, sees
         )
+        prefix.plain = spec.plain
         attention.prefix = prefix.to(stated(attention.wq).device, added_dtype(attention.wq, dtype))
 
 
@@ -263,22 +265,36 @@ def detach(model: nn.Module, specs: Sequence[TuningSpec] | None = None) -> None:
     model.requires_grad_(False)
 
 
+def _kept(spec: TuningSpec, stay: Collection[str]) -> TuningSpec | None:
+    """What is left of a spec when all its linears but those named ``stay`` are folded."""
+    if not isinstance(spec, LoraSpec | ScaleSpec):
+        return spec
+    targets = tuple(t for t in spec.targets if t in stay)
+    return replace(spec, targets=targets) if targets else None
+
+
 def merge(model: nn.Module) -> float:
     """Fold LoRA and scales into the weights of the backbone; returns the largest relative difference of any layer.
 
     Each layer is compared on a fixed random input before and after. Added biases stay (they are ordinary biases then),
-    and so do prefixes: their tokens go through the folded wk and wv, which compute what they did.
+    and so do prefixes: their tokens go through the folded wk and wv, which compute what they did. Where a prefix takes
+    those plain, what hangs on them stays beside them, attached.
 
     Raises:
         ValueError: when a layer would compute something else, or is quantised. Nothing is changed then.
     """
     backbone = find_backbone(model)
     full = [(name, linear) for name, linear in slotted(backbone) if not (linear.delta is None and linear.scale is None)]
+    taken_plain = [a for a in _attentions(backbone) if a.prefix is not None and a.prefix.plain]
+    beside = {id(linear): name for a in taken_plain for name, linear in (("wk", a.wk), ("wv", a.wv))}
+    stay = {beside[id(linear)] for _, linear in full if id(linear) in beside}
+    full = [(name, linear) for name, linear in full if id(linear) not in beside]
     for name, linear in full:
         lora.refuse_quantized(linear, name)
         error, limit = lora.folding_error(linear), lora.TOLERANCE[linear.weight.dtype]
         if not error <= limit:  # NaN too
             raise ValueError(f"folding {name} would change its outputs by {error:.2g}, the limit is {limit:g}")
     errors = [lora.merge(linear) for _, linear in full]
-    _remember(backbone, tuple(spec for spec in attached(model) if spec.kind not in ("lora", "scale")))
+    specs = [_kept(spec, stay) for spec in attached(model)]
+    _remember(backbone, tuple(spec for spec in specs if spec is not None))
     return max(errors, default=0.0)

@@ -44,6 +44,9 @@ class ZeroInitPrefix(nn.Module):
         self.tokens = nn.Parameter(torch.randn(length, dim) * init_std)
         self.gate = nn.Parameter(torch.zeros(n_heads))
         self.register_parameter("new_gate", nn.Parameter(torch.ones(1)) if new_gate else None)
+        # Whether the tokens meet the weights of wk and wv alone, without what hangs on those (LoRA): so LLaMA-Adapter's
+        # own files, while LLaMA2-Accessory's have all of it.
+        self.plain = False
 
     def forward(self, q: Tensor, attention: Attention, context: Tensor | None) -> Tensor:
         """Attend from rotated queries (B, H, T, A) to the prefix; returns (B, H, T, A) in the dtype of ``q``.
@@ -59,8 +62,9 @@ class ZeroInitPrefix(nn.Module):
                 raise ValueError(f"context has {context.shape[1]} tokens, the prefix has length {tokens.shape[1]}")
             tokens = tokens + context.to(q.dtype)
         # (1 or B, P, K * A) -> (B, K, P, A)
-        k = attention.heads(attention.wk(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
-        v = attention.heads(attention.wv(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
+        wk, wv = (attention.wk.plain, attention.wv.plain) if self.plain else (attention.wk, attention.wv)
+        k = attention.heads(wk(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
+        v = attention.heads(wv(tokens)).transpose(1, 2).expand(q.shape[0], -1, -1, -1)
         # Every query sees every prefix token; the mask says so, because None would mean causal here.
         everything = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
         gate = self.gate.float().tanh() if self.tanh else self.gate.float()

@@ -74,6 +74,9 @@ PRESETS: dict[str, TowerConfig | MixtureConfig] = {
     "clip-l": TowerConfig("open_clip", "ViT-L-14", 224, {"activation": "quick_gelu"}),
     # the same after CLIP's own projection to 768, as `llama`, `llama_peft` and `llama_adapter` read it
     "clip-l-projected": TowerConfig("open_clip", "ViT-L-14", 224, {"activation": "quick_gelu", "projected": True}),
+    # OpenCLIP's, which is ImageBind's own encoder of pictures (Girdhar et al. 2023, section 3.2); its class token is
+    # their vector of a picture
+    "clip-h-projected": TowerConfig("open_clip", "ViT-H-14", 224, {"projected": True}),
     # 32 tokens of 768
     "blip2": _QFORMER.config,
     # 289 tokens: 32 + 257 of 5632
@@ -145,10 +148,15 @@ def _activated(config: TowerConfig, activation: Activation) -> TowerConfig:
     return replace(config, options={**config.options, "activation": activation})
 
 
-def build(config: str | Config, activation: Activation | None = None) -> Tower:
-    """A tower in eval mode with random weights from a preset's name or a config, see :func:`find`.
+def build(config: str | Config, activation: Activation | None = None, bgr: bool = False) -> Tower:
+    """A tower in eval mode with random weights from a preset's name or a config, see :func:`find`; ``bgr`` is that of
+    :class:`accessory.vision.tower.Tower`.
 
     Under ``torch.device("meta")`` even the full presets build at once.
     """
     config = find(config, activation)
-    return build_mixture(config) if isinstance(config, MixtureConfig) else build_tower(config)
+    tower = build_mixture(config) if isinstance(config, MixtureConfig) else build_tower(config)
+    for part in tower.modules():
+        if isinstance(part, Tower):
+            part.bgr = bgr
+    return tower

@@ -43,8 +43,11 @@ class Tower(nn.Module, ABC):
     """An encoder of square tiles; it owns its mean and std, its input size and its grid.
 
     ``size`` is the side S of a tile in pixels, ``width`` the channels C of a token, ``grid`` the rows and columns
-    of patches, ``has_cls`` whether a class token leads. Subclasses implement :meth:`encode`.
+    of patches, ``has_cls`` whether a class token leads. Subclasses implement :meth:`encode`. ``bgr``: the encoder is
+    shown blue as red and red as blue, normalised as if they were not, as some published models were trained.
     """
+
+    bgr = False
 
     mean: Tensor
     std: Tensor
@@ -96,6 +99,7 @@ class Tower(nn.Module, ABC):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(x - mean) / std in float32, then the encoder's dtype."""
+        pixels = pixels.flip(1) if self.bgr else pixels
         return ((pixels.float() - self.mean) / self.std).to(self.dtype)
 
     def forward(self, pixels: Tensor) -> VisionTokens:

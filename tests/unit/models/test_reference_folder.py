@@ -14,10 +14,10 @@ from torch import Tensor
 from accessory.__main__ import main
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.data.encode import tile_ids
-from accessory.models import build
+from accessory.models import build, published_keys
 from accessory.models.encoder_store import encoder_path, keep_encoder, read_encoder
 from accessory.models.published import LLAMA_TYPES
-from accessory.models.reference import assemble, read_published
+from accessory.models.reference import assemble, read_published, text_specs
 from accessory.models.reference_folder import convert_pictured, read_pictured
 from accessory.schema import Sample, Turn
 from accessory.serve.chat import ChatModel
@@ -166,6 +166,28 @@ def test_the_activation_is_kept_and_matters(tmp_path: Path) -> None:
     # one encoder, two models, one file
     assert quick.config.tower.encoders == plain.config.tower.encoders
     assert len(list((tmp_path / "encoders").iterdir())) == 1
+
+
+def test_an_adapter_that_only_reads_becomes_a_model(tmp_path: Path) -> None:
+    """A prefix cannot be folded into a plain language model."""
+    config = LlamaConfig(dim=32, n_layers=2, n_heads=4, vocab_size=360, multiple_of=16)
+    args = {**ARGS, "n_kv_heads": 4, "prefix_layers": 1, "prefix_len": 3}
+    shapes = published_keys.language(config, text_specs(args, "llama_adapter"))
+    generator = torch.Generator().manual_seed(5)
+    state = {k: torch.randn(s, generator=generator) * 0.3 for k, s in shapes.items()}
+    folder = folder_of(tmp_path / "in", state, "llama_adapter", ranks=1)
+    (folder / "config.json").write_text(json.dumps(args))
+    assert convert_pictured([folder], tmp_path / "out", pickles=True).tower is None
+    made = build.load(tmp_path / "out")
+    ids = torch.tensor([[1, 5, 9, 2]])
+    direct = assemble(read_published(state, args, "llama_adapter"), None)
+    with torch.no_grad():
+        ours, theirs = made.net.logits(made.net(ids)), direct.logits(direct(ids))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    state["prefix_gate"].zero_()
+    with torch.no_grad():
+        plain = assemble(read_published(state, args, "llama_adapter"), None)
+        assert (plain.logits(plain(ids)) - ours).abs().max() > 1e-3
 
 
 def test_an_encoder_is_found_by_its_content(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.nn.attention import Attention
-from accessory.peft.attach import LoraSpec, PrefixSpec, attach
+from accessory.peft.attach import BiasSpec, LoraSpec, PrefixSpec, attach
 from accessory.peft.prefix import Gate, ZeroInitPrefix
 from tests.tiny import disturb
 from tests.tiny_peft import CONFIG, inputs, make
@@ -107,6 +107,19 @@ def test_the_prefix_goes_through_what_hangs_on_keys_and_values(x: Tensor) -> Non
     tuned = attention.prefix(q, attention, None)
     attention.wv.delta = None
     assert (attention.prefix(q, attention, None) - tuned).abs().max() > 1e-3
+
+
+def test_a_plain_prefix_meets_the_weights_alone(x: Tensor) -> None:
+    """As LLaMA-Adapter's own files have it: what hangs on wk and wv is for the prompt."""
+    model = make(PrefixSpec(length=4, plain=True), LoraSpec(rank=2), BiasSpec())
+    disturb(model, 0.3)
+    attention = model.backbone.layers[0].attention
+    q = torch.randn(1, 4, 2, 8)
+    tuned = attention.prefix(q, attention, None)
+    for linear in (attention.wk, attention.wv):
+        linear.delta = None
+        linear.bias = None
+    assert torch.equal(attention.prefix(q, attention, None), tuned)
 
 
 def test_initial_values_follow_the_reference() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from accessory import config as configuration
-from accessory.backbone.gguf import cached_gguf, single_file
+from accessory.backbone.gguf import cached_gguf, gguf_at
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.store import atomic_folder, narrowed, read_file
 from accessory.backbone.weights import load_backbone
@@ -31,12 +32,14 @@ from accessory.models.mllm import MLLM
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.peft.quantize import Quantization, found, quantize
 from accessory.vision import presets
+from accessory.vision.mixture import Mixture
 from accessory.vision.projector import Kind, Projector
 from accessory.vision.resampler import Resampler
 from accessory.vision.tower import Tower
 from accessory.vision.weights import load_efficientnet_lite, load_encoders, load_tower
 
 ASSET = "asset:"
+BESIDE_BASE = ("tuning", "quantization", "template", "max_length")
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "trainable.safetensors"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -81,11 +84,17 @@ def base_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     tried = ", ".join(dict.fromkeys(str(p.absolute()) for p in _places(name)))
-    run, makes = folder.parent.name, ""
-    for file, verb in ((f"exps/{run}.sh", "bash"), (f"exps/{run}.yaml", "python -m accessory train")):
-        if not makes and folder.name == "final" and (SHIPPED.parent / file).is_file():
-            makes = f"; {verb} {file} makes it"
+    made, makes = makers(folder), ""
+    if made:
+        verb = "bash" if made[0].suffix == ".sh" else "python -m accessory train"
+        makes = f"; {verb} {made[0].relative_to(SHIPPED.parent)} makes it"
     raise ValueError(f"there is no folder {name}{makes} (looked in {tried})")
+
+
+def makers(folder: Path) -> list[Path]:
+    """What makes the ``final`` folder of a run of ``exps/``: the script of its name, then the experiment."""
+    exps, run = SHIPPED.parent / "exps", folder.parent.name
+    return [f for kind in ("sh", "yaml") for f in sorted(exps.rglob(f"{run}.{kind}")) if folder.name == "final"]
 
 
 def is_generator(folder: str | Path) -> bool:
@@ -109,7 +118,8 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones.
+    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, a folder of the encoders of a
+    mixture as ``PREFIX.safetensors`` under published names, or None for random ones.
 
     ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``encoders``: the
     SHA-256 of published encoders in the store (:mod:`accessory.models.encoder_store`) by their prefix, in place of
@@ -148,7 +158,7 @@ class ResamplerConfig:
 class ModelConfig:
     """A model as a value. ``tuning`` names what is added and what trains; all else is frozen.
 
-    ``base`` names a model folder that this one stands on: everything but ``tuning`` is that model's, with its trained
+    ``base`` names a model folder that this one stands on: all but ``BESIDE_BASE`` is that model's, with its trained
     tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
     slot, LoRA and scales are folded into the weights first. :func:`find` says what a name means. ``base_sha256``,
     filled when the model is built, keeps a model from being loaded on weights that it was not trained on.
@@ -194,6 +204,26 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         return _on_base(config, cache, train)
     backbone, words = _backbone(config.backbone, cache, config.quantization)
     tower = None if config.tower is None else build_tower(config.tower, cache)
+    net = join(config, backbone, tower)
+    net.requires_grad_(False) if not train else promote(net)
+    projector = net.projector
+    encoder = Encoder(
+        words,
+        template.get(config.template),
+        config.tiling,
+        projector.runs(tower.runs) if tower is not None and projector is not None else 1,
+        config.max_length,
+        start_end=config.projector is not None and config.projector.start_end,
+    )
+    return Model(net.train(train), words, encoder, config)
+
+
+def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
+    """Backbone and tower with all that ``config`` puts between and on them; what it does not tune is frozen.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
     projector = resampler = None
     if tower is not None and config.projector is not None:
         p = config.projector
@@ -206,16 +236,7 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
     net = MLLM(backbone, tower, projector, resampler)
     if config.tuning:
         attach(net, config.tuning, dtype=torch.float32)
-    net.requires_grad_(False) if not train else _promote(net)
-    encoder = Encoder(
-        words,
-        template.get(config.template),
-        config.tiling,
-        projector.runs(tower.runs) if tower is not None and projector is not None else 1,
-        config.max_length,
-        start_end=config.projector is not None and config.projector.start_end,
-    )
-    return Model(net.train(train), words, encoder, config)
+    return net
 
 
 def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
@@ -229,16 +250,7 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
             f"model.base {config.base} is not the one that this model was trained on: {folder / WEIGHTS_FILE} has "
             f"SHA-256 {digest}, base_sha256 is {own}"
         )
-    resolved = replace(base.config, base=config.base, base_sha256=digest, tuning=config.tuning)
-    if config.quantization is not None:
-        resolved = replace(resolved, quantization=config.quantization)
-    plain = replace(ModelConfig(), base=config.base, base_sha256=own, tuning=config.tuning)
-    names = [f.name for f in fields(config)]
-    if said := [n for n in names if getattr(config, n) not in (getattr(plain, n), getattr(resolved, n))]:
-        raise ValueError(
-            f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning and quantization are "
-            "named"
-        )
+    resolved = replace(on_base(config, base.config), base_sha256=digest)
     if config.tuning:
         kinds, there = {spec.kind for spec in config.tuning}, {spec.kind for spec in attached(base.net)}
         for kind in sorted(kinds & there & {"prefix", "bias"}):  # these cannot be folded into a weight
@@ -252,8 +264,23 @@ def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
         _quantize(base.net, config.quantization)
         attach(base.net, config.tuning, dtype=torch.float32)
     _quantize(base.net, config.quantization)
-    base.net.requires_grad_(False) if not train else _promote(base.net)
-    return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)
+    base.net.requires_grad_(False) if not train else promote(base.net)
+    encoder = copy(base.encoder)
+    encoder.template, encoder.max_length = template.get(resolved.template), resolved.max_length
+    return Model(base.net.train(train), base.tokenizer, encoder, resolved)
+
+
+def on_base(config: ModelConfig, base: ModelConfig) -> ModelConfig:
+    """The configuration ``base`` with what ``config`` may say beside it; ValueError when that says more."""
+    plain = ModelConfig(base=config.base, base_sha256=config.base_sha256)
+    said = [f.name for f in fields(config) if getattr(config, f.name) != getattr(plain, f.name)]
+    if bad := [n for n in said if n not in BESIDE_BASE and getattr(config, n) != getattr(base, n)]:
+        raise ValueError(
+            f"model.base {config.base} brings its own {', '.join(bad)}; beside it only {', '.join(BESIDE_BASE)} are "
+            "named"
+        )
+    own = {n: getattr(config, n) for n in said if n in BESIDE_BASE}
+    return replace(base, **{"tuning": (), "base": config.base, **own})
 
 
 def _quantize(net: MLLM, wanted: Quantization | None) -> None:
@@ -262,8 +289,8 @@ def _quantize(net: MLLM, wanted: Quantization | None) -> None:
         quantize(net, wanted)
 
 
-def _promote(net: nn.Module) -> None:
-    """What trains is kept in fp32, so that a small step is not lost in bf16's eight bits."""
+def promote(net: nn.Module) -> None:
+    """Keep what trains in fp32, so that a small step is not lost in bf16's eight bits."""
     for p in net.parameters():
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
@@ -285,23 +312,11 @@ def _backbone(config: BackboneConfig, cache: Path | None, quantization: Quantiza
         made = Llama(config.llama).to(dtype)
         return made if quantization is None else cast(Llama, quantize(made, quantization)), words
     path = _asset(config.source, cache)
-    gguf = _gguf(path)
+    gguf = gguf_at(path)
     words = tokenizer.load(_asset(config.tokenizer, cache) if config.tokenizer else gguf or path)
     if gguf is not None:
         path = cached_gguf(gguf, (cache or assets.default_cache()) / "prepared")
     return load_backbone(path, dtype=dtype, quantization=quantization), words
-
-
-def _gguf(path: Path) -> Path | None:
-    """The GGUF file that ``path`` is or holds, None where there is none; ValueError when it holds several."""
-    if path.suffix == ".gguf" or not path.is_dir():
-        return path if path.suffix == ".gguf" else None
-    folders = sorted({file.parent for file in path.glob("**/*.gguf")})
-    if len(folders) > 1:
-        raise ValueError(
-            f"{path} holds .gguf files in {len(folders)} folders, name one: {', '.join(map(str, folders))}"
-        )
-    return single_file(folders[0]) if folders else None
 
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
@@ -317,22 +332,11 @@ def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     if config.weights.startswith(ASSET):
         name = config.weights.removeprefix(ASSET)
         load_tower(tower, load_efficientnet_lite(assets.single_file(name, "**/*.pth", cache)))
+    elif (path := find(config.weights)).is_dir() and isinstance(tower, Mixture):
+        load_encoders(tower, {name: read_file(path / f"{name}.safetensors") for name in tower.members})
     else:
-        load_tower(tower, read_file(find(config.weights)))
+        load_tower(tower, read_file(path))
     return tower
-
-
-def shrink(model: Model, quantization: Quantization) -> Model:
-    """Quantise a loaded model in place for inference. LoRA and scales are folded into the full weights first, so that
-    nothing is computed beside the quantised ones; prefixes, biases and norms stay.
-
-    Raises:
-        ValueError: when it is quantised already, or the sizes do not fit.
-    """
-    if found(model.net) is None and any(spec.kind in ("lora", "scale") for spec in attached(model.net)):
-        merge(model.net)
-    quantize(model.net, quantization)
-    return model
 
 
 def exported(net: nn.Module) -> dict[str, Tensor]:

@@ -94,6 +94,7 @@ def run(
     Beside the model's own files it holds ``run.yaml``, the experiment as it was resolved, and ``sources.yaml``, its
     data configuration.
     """
+    config = replace(config, train=config.train.on(groups.world_size()))
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)

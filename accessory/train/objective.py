@@ -74,6 +74,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.language < 0 or (self.language == 0 and self.align is None):
             raise ValueError(f"objective: language weight {self.language} without align leaves nothing to learn")
+        if self.balance is not None and self.balance < 0:
+            raise ValueError(f"objective.balance {self.balance} must not be negative")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accessory import config as configuration
 from accessory.data.sources import SourceConfig, missing, read_configs
+from accessory.models.build import ModelConfig
 from accessory.models.mllm import MLLM
 from accessory.models.plan import size, weight_bytes
 from accessory.models.skeleton import resolved, skeleton
@@ -58,23 +59,28 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
     found, mistakes = read_configs(sources_file(config.data, folder))
     if mistakes:
         raise ValueError(f"the data configuration {config.data.sources} cannot be used:\n  " + "\n  ".join(mistakes))
-    absent = [(source, missing(source)) for _, source in found]
+    absent = [missing(source) for _, source in found]
+    seen = {} if net.tower is None else {name: _positions(net, model, sides) for name, sides in SHAPES.items()}
+    if (most := max(seen.values(), default=0)) >= model.max_length:
+        raise ValueError(
+            f"model.max_length is {model.max_length}, and a picture alone takes {most} positions: no row would fit"
+        )
     return Outline(
         parts,
-        {shape: _positions(net, config, sides) for shape, sides in SHAPES.items()} if net.tower is not None else {},
+        seen,
         model.max_length,
         frozen + TRAINED * sum(trained for _, trained in parts.values()),
         tuple(source for _, source in found),
-        tuple(problem for _, problem in absent if problem is not None),
+        tuple(problem for problem in absent if problem is not None),
         config.train,
     )
 
 
-def _positions(net: MLLM, config: RunConfig, sides: tuple[int, int]) -> int:
+def _positions(net: MLLM, config: ModelConfig, sides: tuple[int, int]) -> int:
     """Places in the sequence that a picture takes."""
     if net.tower is None or net.projector is None:
         return 0
-    plan = resolved(config.model).tiling.plan(*sides)
+    plan = config.tiling.plan(*sides)
     views = net.projector.runs(net.tower.runs)
     each = sum(views) + 2 * len(views) * net.projector.start_end
     return plan.num_real * each + len(plan.tiles) - plan.num_real

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from accessory import config as configuration
 from accessory.data.sources import SourceConfig, missing, read_configs
@@ -12,9 +15,10 @@ from accessory.models.build import ModelConfig
 from accessory.models.mllm import MLLM
 from accessory.models.plan import size, weight_bytes
 from accessory.models.skeleton import resolved, skeleton
+from accessory.schema import Batch
 from accessory.train.config import TrainConfig
 from accessory.train.optim import Optimizer
-from accessory.train.run import RunConfig, sources_file
+from accessory.train.run import RunConfig, grouped, sources_file
 
 # Bytes of a number that trains: itself, its gradient and two moments, all in fp32.
 TRAINED = 16
@@ -52,7 +56,8 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
         total, trained = parts.get(part, (0, 0))
         parts[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)
         frozen += 0 if p.requires_grad else p.numel() * p.itemsize
-    Optimizer(net, config.train)  # complains about group patterns
+    Optimizer(net, config.train)  # complains about group patterns, as the next line about those of rows
+    grouped(config, _nothing, net)
     spec = config.model.quantization or model.quantization
     if spec is not None:  # the skeleton has the full weights
         frozen += weight_bytes(net.backbone.config, spec) - weight_bytes(net.backbone.config, None)
@@ -74,6 +79,11 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
         tuple(problem for problem in absent if problem is not None),
         config.train,
     )
+
+
+def _nothing(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]:
+    """The objective of what has no weights."""
+    raise ValueError("an outline has nothing to learn")
 
 
 def _positions(net: MLLM, config: ModelConfig, sides: tuple[int, int]) -> int:

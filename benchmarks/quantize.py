@@ -31,7 +31,6 @@ from accessory.data.builtin import build as build_set
 from accessory.data.collate import collate
 from accessory.models import build
 from accessory.models.build import Model, ModelConfig
-from accessory.models.folding import shrink
 from accessory.peft.attach import merge
 from accessory.peft.quantize import Quantization, num_bytes
 from accessory.serve.chat import find_model
@@ -110,10 +109,10 @@ def measure(kind: str, args: argparse.Namespace) -> Row:
     if kind == FOLDED:
         merge(model.net)
     elif kind != FULL:
-        shrink(model, Quantization.parse(kind))
+        build.shrink(model, Quantization.parse(kind))
     untuned = build.build(ModelConfig(model.config.backbone, None, None), cache=args.cache)
     if kind not in (FULL, FOLDED):
-        shrink(untuned, Quantization.parse(kind))
+        build.shrink(untuned, Quantization.parse(kind))
     size = num_bytes(model.net.backbone)
     accelerate(model.net.backbone)
     clock = time.process_time if args.cpu_time else time.perf_counter

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -29,8 +28,10 @@ from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.encoder_store import file_digest, read_encoder
 from accessory.models.mllm import MLLM
+from accessory.models.stacked import stack
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.peft.quantize import Quantization, found, quantize
+from accessory.peft.tuning import promote
 from accessory.vision import presets
 from accessory.vision.mixture import Mixture
 from accessory.vision.projector import Kind, Projector
@@ -39,7 +40,6 @@ from accessory.vision.tower import Tower
 from accessory.vision.weights import load_efficientnet_lite, load_encoders, load_tower
 
 ASSET = "asset:"
-BESIDE_BASE = ("tuning", "quantization", "template", "max_length")
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "trainable.safetensors"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -158,7 +158,7 @@ class ResamplerConfig:
 class ModelConfig:
     """A model as a value. ``tuning`` names what is added and what trains; all else is frozen.
 
-    ``base`` names a model folder that this one stands on: all but ``BESIDE_BASE`` is that model's, with its trained
+    ``base`` names a model folder that this one stands on: all but ``stacked.BESIDE`` is that model's, with its trained
     tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
     slot, LoRA and scales are folded into the weights first. :func:`find` says what a name means. ``base_sha256``,
     filled when the model is built, keeps a model from being loaded on weights that it was not trained on.
@@ -201,7 +201,8 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         ValueError: for sizes that do not fit together; AssetError when an asset has not been fetched.
     """
     if config.base is not None:
-        return _on_base(config, cache, train)
+        folder = base_folder(config.base)
+        return stack(load(folder, cache=cache), config, file_digest(folder / WEIGHTS_FILE), train)
     backbone, words = _backbone(config.backbone, cache, config.quantization)
     tower = None if config.tower is None else build_tower(config.tower, cache)
     net = join(config, backbone, tower)
@@ -237,63 +238,6 @@ def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
     if config.tuning:
         attach(net, config.tuning, dtype=torch.float32)
     return net
-
-
-def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
-    """The base model, frozen as it was trained, with ``tuning`` on top."""
-    assert config.base is not None
-    folder = base_folder(config.base)
-    base = load(folder, cache=cache)
-    own, digest = config.base_sha256, file_digest(folder / WEIGHTS_FILE)
-    if own not in (None, digest):
-        raise ValueError(
-            f"model.base {config.base} is not the one that this model was trained on: {folder / WEIGHTS_FILE} has "
-            f"SHA-256 {digest}, base_sha256 is {own}"
-        )
-    resolved = replace(on_base(config, base.config), base_sha256=digest)
-    if config.tuning:
-        kinds, there = {spec.kind for spec in config.tuning}, {spec.kind for spec in attached(base.net)}
-        for kind in sorted(kinds & there & {"prefix", "bias"}):  # these cannot be folded into a weight
-            way = f'{{kind: train, patterns: ["backbone.*.{kind}{".*" if kind == "prefix" else ""}"]}}'
-            raise ValueError(
-                f"model.base {config.base} already has a {kind}, and there is room for one; to train that one further, "
-                f"write {way} in model.tuning in place of kind {kind}"
-            )
-        if kinds & there & {"lora", "scale"}:
-            merge(base.net)  # a linear holds one delta: the base's own is folded into its weight
-        _quantize(base.net, config.quantization)
-        attach(base.net, config.tuning, dtype=torch.float32)
-    _quantize(base.net, config.quantization)
-    base.net.requires_grad_(False) if not train else promote(base.net)
-    encoder = copy(base.encoder)
-    encoder.template, encoder.max_length = template.get(resolved.template), resolved.max_length
-    return Model(base.net.train(train), base.tokenizer, encoder, resolved)
-
-
-def on_base(config: ModelConfig, base: ModelConfig) -> ModelConfig:
-    """The configuration ``base`` with what ``config`` may say beside it; ValueError when that says more."""
-    plain = ModelConfig(base=config.base, base_sha256=config.base_sha256)
-    said = [f.name for f in fields(config) if getattr(config, f.name) != getattr(plain, f.name)]
-    if bad := [n for n in said if n not in BESIDE_BASE and getattr(config, n) != getattr(base, n)]:
-        raise ValueError(
-            f"model.base {config.base} brings its own {', '.join(bad)}; beside it only {', '.join(BESIDE_BASE)} are "
-            "named"
-        )
-    own = {n: getattr(config, n) for n in said if n in BESIDE_BASE}
-    return replace(base, **{"tuning": (), "base": config.base, **own})
-
-
-def _quantize(net: MLLM, wanted: Quantization | None) -> None:
-    """Quantise the backbone, unless it is just so already."""
-    if wanted is not None and found(net) != wanted:
-        quantize(net, wanted)
-
-
-def promote(net: nn.Module) -> None:
-    """Keep what trains in fp32, so that a small step is not lost in bf16's eight bits."""
-    for p in net.parameters():
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
-            p.data = p.data.float()
 
 
 def _asset(reference: str, cache: Path | None) -> Path:
@@ -337,6 +281,19 @@ def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     else:
         load_tower(tower, read_file(path))
     return tower
+
+
+def shrink(model: Model, quantization: Quantization) -> Model:
+    """Quantise a loaded model in place for inference. LoRA and scales are folded into the full weights first, so that
+    nothing is computed beside the quantised ones; prefixes, biases and norms stay.
+
+    Raises:
+        ValueError: when it is quantised already, or the sizes do not fit.
+    """
+    if found(model.net) is None and any(spec.kind in ("lora", "scale") for spec in attached(model.net)):
+        merge(model.net)
+    quantize(model.net, quantization)
+    return model
 
 
 def exported(net: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A model without LoRA and scales: they are folded into the weights that they hang on."""
+"""A model folder without LoRA and scales: they are folded into the weights that they hang on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from accessory.models import build
-from accessory.models.build import Model
 from accessory.models.gate import hold, measure, merge_checked
-from accessory.peft.attach import BiasSpec, PrefixSpec, TrainSpec, attached, merge, slotted
-from accessory.peft.quantize import Quantization, found, quantize
+from accessory.peft.attach import BiasSpec, PrefixSpec, TrainSpec, slotted
 
 
 def fold_folder(source: Path, out: Path, *, tolerance: float | None = None) -> float:
@@ -37,16 +35,3 @@ def fold_folder(source: Path, out: Path, *, tolerance: float | None = None) -> f
     config = replace(model.config, tuning=(*stays, TrainSpec(tuple(build.exported(net)))))
     build.save(replace(model, config=config), out)
     return hold(before, out, "folding into", tolerance=tolerance)
-
-
-def shrink(model: Model, quantization: Quantization) -> Model:
-    """Quantise a loaded model in place for inference. LoRA and scales are folded into the full weights first, so that
-    nothing is computed beside the quantised ones; prefixes, biases and norms stay.
-
-    Raises:
-        ValueError: when it is quantised already, or the sizes do not fit.
-    """
-    if found(model.net) is None and any(spec.kind in ("lora", "scale") for spec in attached(model.net)):
-        merge(model.net)
-    quantize(model.net, quantization)
-    return model

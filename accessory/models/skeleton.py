@@ -12,11 +12,12 @@ from accessory.backbone.keys import config_from_dict
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.sizes import SIZES, from_hf_config
 from accessory.data.tiling import TilingConfig
-from accessory.models import build
+from accessory.models import build, stacked
 from accessory.models.build import BackboneConfig, ModelConfig, ProjectorConfig, TowerSource
 from accessory.models.mllm import MLLM
 from accessory.models.published import LLAMA_TYPES, LlamaType
 from accessory.peft.attach import TrainSpec, attach, attached, detach
+from accessory.peft.tuning import promote
 from accessory.vision import presets
 
 
@@ -34,7 +35,7 @@ def skeleton(config: ModelConfig) -> MLLM:
         backbone = Llama(sizes(config.backbone)).to(build.DTYPES[config.backbone.dtype])
         tower = None if config.tower is None else presets.build(config.tower.preset, config.tower.activation)
         net = build.join(config, backbone, tower)
-    build.promote(net)
+    promote(net)
     return net
 
 
@@ -44,7 +45,7 @@ def _on_base(config: ModelConfig) -> MLLM:
     if wanted & {"lora", "scale"}:  # as when the base is folded: the slots are free again
         detach(net, [spec for spec in attached(net) if spec.kind in ("lora", "scale")])
     attach(net, config.tuning, dtype=torch.float32)
-    build.promote(net)
+    promote(net)
     return net
 
 
@@ -54,7 +55,7 @@ def resolved(config: ModelConfig) -> ModelConfig:
     Raises:
         ValueError: when it says what the base brings, or the base is neither a folder nor known by name.
     """
-    return config if config.base is None else build.on_base(config, resolved(_below(config.base)))
+    return config if config.base is None else stacked.over(config, resolved(_below(config.base)))
 
 
 def _below(name: str) -> ModelConfig:

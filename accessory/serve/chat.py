@@ -19,7 +19,6 @@ from accessory.backbone.fast import accelerate_for_cpu
 from accessory.backbone.generate import Sampling
 from accessory.models import build
 from accessory.models.build import Model
-from accessory.models.folding import shrink
 from accessory.nn.cache import KVCache
 from accessory.parallel.groups import choose_device
 from accessory.peft.quantize import Quantization
@@ -377,12 +376,12 @@ def load(
 
     ``device`` as in :func:`accessory.parallel.groups.choose_device`, None for the best there is.
     On a CPU the weights of a bf16 backbone are packed for decoding, which costs a second copy of them.
-    ``quantization``: fold LoRA into the backbone and quantise it (:func:`accessory.models.folding.shrink`).
+    ``quantization``: fold LoRA into the backbone and quantise it (:func:`accessory.models.build.shrink`).
     """
     where = choose_device(device)  # first: a mistake should not cost the loading of a model
     model = build.load(find_model(folder), cache=cache)
     model.net.to(where)
     if quantization is not None:
-        shrink(model, quantization)
+        build.shrink(model, quantization)
     accelerate_for_cpu(model.net.backbone)
     return ChatModel(model, sampling=sampling, limits=limits)

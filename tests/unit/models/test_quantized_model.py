@@ -14,7 +14,6 @@ from accessory.__main__ import main
 from accessory.backbone.weights import save_accessory
 from accessory.models import build
 from accessory.models.build import BackboneConfig, Model, ModelConfig
-from accessory.models.folding import shrink
 from accessory.peft.attach import LoraSpec, PrefixSpec, TrainSpec, attached, merge, trainable_state
 from accessory.peft.quantize import Quantization, found, num_bytes, quantize
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
@@ -104,14 +103,14 @@ def test_shrinking_for_inference_folds_lora(tmp_path: Path, source: BackboneConf
     disturb(made.net)
     build.save(made, tmp_path / "model")
     before = outputs(made)
-    small = shrink(build.load(tmp_path / "model"), Quantization("int8"))
+    small = build.shrink(build.load(tmp_path / "model"), Quantization("int8"))
     assert [spec.kind for spec in attached(small.net)] == ["train"]
     merge(made.net)
     quantize(made.net, Quantization("int8"))
     assert torch.equal(outputs(small), outputs(made))
     assert 0 < float((outputs(small) - before).abs().max()) < 0.2 * float(before.abs().max())
     with pytest.raises(ValueError, match="already"):
-        shrink(small, Quantization("int4"))
+        build.shrink(small, Quantization("int4"))
 
 
 def test_the_option_of_chat_and_evaluate(
@@ -119,8 +118,8 @@ def test_the_option_of_chat_and_evaluate(
 ) -> None:
     folder = str(tiny_model_dir(tmp_path, seed=1))
     seen = []
-    real = shrink
-    monkeypatch.setattr("accessory.serve.chat.shrink", lambda model, spec: seen.append(spec) or real(model, spec))
+    real = build.shrink
+    monkeypatch.setattr(build, "shrink", lambda model, spec: seen.append(spec) or real(model, spec))
     ask = ["chat", "--model", folder, "--device", "cpu", "--max-new-tokens", "4", "--ask", "What is this?"]
     assert main([*ask, "--quantize", "int8"]) == 0
     stand_in(monkeypatch, 4)

@@ -235,3 +235,15 @@ def single_file(path: Path) -> Path:
     if len(files) != 1:
         raise ValueError(f"{path} holds {len(files)} .gguf files, name one: {', '.join(f.name for f in files)}")
     return files[0]
+
+
+def gguf_at(path: Path) -> Path | None:
+    """The GGUF file that ``path`` is or holds, None where there is none; ValueError when it holds several."""
+    if path.suffix == ".gguf" or not path.is_dir():
+        return path if path.suffix == ".gguf" else None
+    folders = sorted({file.parent for file in path.glob("**/*.gguf")})
+    if len(folders) > 1:
+        raise ValueError(
+            f"{path} holds .gguf files in {len(folders)} folders, name one: {', '.join(map(str, folders))}"
+        )
+    return single_file(folders[0]) if folders else None

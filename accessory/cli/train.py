@@ -16,7 +16,9 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("config", help="the experiment, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace those of the file")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest or from a named checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and show the plan, but do not train")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="check everything and show the plan, but do not train")
+    how.add_argument("--outline", action="store_true", help="say what it would be, without weights, data or a GPU")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,5 +36,10 @@ def main(args: argparse.Namespace) -> int:
         from accessory.train import generator_run as verb
     else:
         from accessory.train import run as verb
+    if args.outline:
+        from accessory.train.outline import main_outline
+
+        print(main_outline(args.config, args.overrides))
+        return 0
     result = verb.main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
     return 128 + signal.SIGINT if result is not None and result.reason == "SIGINT" else 0

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +22,23 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
+def matching(path: Path) -> list[Path]:
+    """The files that ``path`` names: one, several where its name holds ``*``, or none."""
+    if "*" in path.name:
+        return sorted(file for file in path.parent.glob(path.name) if file.is_file())
+    return [path] if path.is_file() else []
+
+
 def open_rows(path: Path) -> Rows:
-    """The rows of a file, by its ending; ValueError names the file when it cannot be read."""
-    if not path.is_file():
+    """The rows of a file, by its ending, or of all files that a name with ``*`` means, in the order of their names.
+
+    ValueError names the file when it cannot be read.
+    """
+    found = matching(path)
+    if not found:
         raise ValueError(f"no data file at {path}")
+    if found != [path]:
+        return Joined([open_rows(file) for file in found])
     kind = path.suffix.lower()
     try:
         if kind == ".jsonl":
@@ -66,6 +82,21 @@ class Listed:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return _mapping(self._rows[index])
+
+
+class Joined:
+    """Rows of several files, one file after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = tuple(parts)
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
 class JsonLines:

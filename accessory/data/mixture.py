@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from accessory import log
+from accessory.data.files import matching
 from accessory.data.rows import RowRejected
 from accessory.data.sources import Source
 from accessory.schema import Sample
@@ -82,12 +83,12 @@ class Mixture:
 
 
 def _identity(source: Source) -> tuple[str | int, ...]:
-    """What a source is whatever folder the run starts in: its name, or a file's own name, and the size of the file."""
+    """What a source is whatever folder the run starts in: its name, or a file's own name, and the size of the files."""
     path = getattr(getattr(source, "config", None), "path", None)
     if path is None:
         return (source.name,)
     file = Path(path)
-    return (file.name if source.name == path else source.name, file.stat().st_size)
+    return (file.name if source.name == path else source.name, sum(f.stat().st_size for f in matching(file)))
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:

@@ -6,6 +6,7 @@ A row that cannot be read raises :class:`RowRejected` with file and row; only a 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from accessory import config as configuration
 from accessory.data import layouts
-from accessory.data.files import Rows, open_rows
+from accessory.data.files import Rows, matching, open_rows
 from accessory.data.grounding import BoxForm
 from accessory.data.rows import RowRejected
 from accessory.data.task_rows import TaskLayout
@@ -42,9 +43,10 @@ class FileOptions:
 class FileConfig:
     """Rows of one file.
 
-    ``path`` a JSON, JSONL, CSV, TSV or parquet file, ``root`` the folder pictures must lie in (default: the file's
-    own), ``columns`` our names to the file's (see ``layouts.COLUMNS``), ``weight`` the share of draws relative to the
-    other sources, ``name`` a label for the ledger.
+    ``path`` a JSON, JSONL, CSV, TSV or parquet file, or several (``part-*.parquet``), ``root`` the folder pictures must
+    lie in (default: the file's own), ``columns`` our names to the file's (see ``layouts.COLUMNS``), ``weight`` the
+    share of draws relative to the other sources, ``name`` a label for the ledger, ``get`` where the file comes from,
+    which is said when it is missing.
     """
 
     kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions", "describe", "text", "packed", "task"]
@@ -53,6 +55,7 @@ class FileConfig:
     columns: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     name: str = ""
+    get: str = ""
     options: FileOptions = FileOptions()
 
     def __post_init__(self) -> None:
@@ -178,7 +181,21 @@ def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 
     """The source a configuration describes; ValueError when its file cannot be opened."""
     if isinstance(config, BuiltinConfig):
         return BuiltinSource(config, cache=cache, seed=seed, size=size)
+    if (problem := missing(config)) is not None:
+        raise ValueError(problem)
     return FileSource(config, open_rows(Path(config.path)))
+
+
+def missing(config: SourceConfig) -> str | None:
+    """What of a source's files is not there and where it comes from; None when nothing is."""
+    if isinstance(config, BuiltinConfig):
+        return None
+    problems = [] if matching(Path(config.path)) else [f"no data file at {os.path.normpath(config.path)}"]
+    if config.root is not None and not Path(config.root).is_dir():
+        problems.append(f"no folder of pictures (root) at {os.path.normpath(config.root)}")
+    if not problems:
+        return None
+    return " and ".join(problems) + (f"; put it there, it comes from: {config.get}" if config.get else "")
 
 
 def read_entries(path: Path, name: str, kind: Any) -> tuple[list[tuple[str, Any]], list[str]]:

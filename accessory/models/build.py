@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from accessory import config as configuration
-from accessory.backbone.gguf import cached_gguf, single_file
+from accessory.backbone.gguf import cached_gguf, gguf_at
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.store import atomic_folder, narrowed, read_file
 from accessory.backbone.weights import load_backbone
@@ -28,10 +28,13 @@ from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.encoder_store import file_digest, read_encoder
 from accessory.models.mllm import MLLM
+from accessory.models.stacked import stack
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.peft.quantize import Quantization, found, quantize
+from accessory.peft.tuning import promote
 from accessory.vision import presets
 from accessory.vision import resampler as resampler_of
+from accessory.vision.mixture import Mixture
 from accessory.vision.projector import Kind, Projector
 from accessory.vision.tower import Tower
 from accessory.vision.weights import load_efficientnet_lite, load_encoders, load_tower
@@ -81,11 +84,17 @@ def base_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     tried = ", ".join(dict.fromkeys(str(p.absolute()) for p in _places(name)))
-    run, makes = folder.parent.name, ""
-    for file, verb in ((f"exps/{run}.sh", "bash"), (f"exps/{run}.yaml", "python -m accessory train")):
-        if not makes and folder.name == "final" and (SHIPPED.parent / file).is_file():
-            makes = f"; {verb} {file} makes it"
+    made, makes = makers(folder), ""
+    if made:
+        verb = "bash" if made[0].suffix == ".sh" else "python -m accessory train"
+        makes = f"; {verb} {made[0].relative_to(SHIPPED.parent)} makes it"
     raise ValueError(f"there is no folder {name}{makes} (looked in {tried})")
+
+
+def makers(folder: Path) -> list[Path]:
+    """What makes the ``final`` folder of a run of ``exps/``: the script of its name, then the experiment."""
+    exps, run = SHIPPED.parent / "exps", folder.parent.name
+    return [f for kind in ("sh", "yaml") for f in sorted(exps.rglob(f"{run}.{kind}")) if folder.name == "final"]
 
 
 def is_generator(folder: str | Path) -> bool:
@@ -109,7 +118,8 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, or None for random ones.
+    """A vision preset and its weights: ``asset:NAME``, a safetensors file of our names, a folder of the encoders of a
+    mixture as ``PREFIX.safetensors`` under published names, or None for random ones.
 
     ``activation`` of its CLIP in place of the preset's, see :func:`accessory.vision.presets.find`. ``bgr``: see
     :class:`accessory.vision.tower.Tower`. ``encoders``: the
@@ -159,7 +169,7 @@ class ResamplerConfig:
 class ModelConfig:
     """A model as a value. ``tuning`` names what is added and what trains; all else is frozen.
 
-    ``base`` names a model folder that this one stands on: everything but ``tuning`` is that model's, with its trained
+    ``base`` names a model folder that this one stands on: all but ``stacked.BESIDE`` is that model's, with its trained
     tensors, and is not copied. What the base has learned stays in its slots; only where ``tuning`` wants the same
     slot, LoRA and scales are folded into the weights first. :func:`find` says what a name means. ``base_sha256``,
     filled when the model is built, keeps a model from being loaded on weights that it was not trained on.
@@ -202,9 +212,30 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
         ValueError: for sizes that do not fit together; AssetError when an asset has not been fetched.
     """
     if config.base is not None:
-        return _on_base(config, cache, train)
+        folder = base_folder(config.base)
+        return stack(load(folder, cache=cache), config, file_digest(folder / WEIGHTS_FILE), train)
     backbone, words = _backbone(config.backbone, cache, config.quantization)
     tower = None if config.tower is None else build_tower(config.tower, cache)
+    net = join(config, backbone, tower)
+    net.requires_grad_(False) if not train else promote(net)
+    encoder = Encoder(
+        words,
+        template.get(config.template),
+        config.tiling,
+        net.runs,
+        config.max_length,
+        start_end=config.projector is not None and config.projector.start_end,
+        max_tiles=None if config.resampler is None else config.resampler.max_tiles,
+    )
+    return Model(net.train(train), words, encoder, config)
+
+
+def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
+    """Backbone and tower with all that ``config`` puts between and on them; what it does not tune is frozen.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
     projector = resampler = None
     if tower is not None and config.projector is not None:
         p = config.projector
@@ -219,68 +250,7 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
     net = MLLM(backbone, tower, projector, resampler)
     if config.tuning:
         attach(net, config.tuning, dtype=torch.float32)
-    net.requires_grad_(False) if not train else _promote(net)
-    encoder = Encoder(
-        words,
-        template.get(config.template),
-        config.tiling,
-        net.runs,
-        config.max_length,
-        start_end=config.projector is not None and config.projector.start_end,
-        max_tiles=None if config.resampler is None else config.resampler.max_tiles,
-    )
-    return Model(net.train(train), words, encoder, config)
-
-
-def _on_base(config: ModelConfig, cache: Path | None, train: bool) -> Model:
-    """The base model, frozen as it was trained, with ``tuning`` on top."""
-    assert config.base is not None
-    folder = base_folder(config.base)
-    base = load(folder, cache=cache)
-    own, digest = config.base_sha256, file_digest(folder / WEIGHTS_FILE)
-    if own not in (None, digest):
-        raise ValueError(
-            f"model.base {config.base} is not the one that this model was trained on: {folder / WEIGHTS_FILE} has "
-            f"SHA-256 {digest}, base_sha256 is {own}"
-        )
-    resolved = replace(base.config, base=config.base, base_sha256=digest, tuning=config.tuning)
-    if config.quantization is not None:
-        resolved = replace(resolved, quantization=config.quantization)
-    plain = replace(ModelConfig(), base=config.base, base_sha256=own, tuning=config.tuning)
-    names = [f.name for f in fields(config)]
-    if said := [n for n in names if getattr(config, n) not in (getattr(plain, n), getattr(resolved, n))]:
-        raise ValueError(
-            f"model.base {config.base} brings its own {', '.join(said)}; beside it only tuning and quantization are "
-            "named"
-        )
-    if config.tuning:
-        kinds, there = {spec.kind for spec in config.tuning}, {spec.kind for spec in attached(base.net)}
-        for kind in sorted(kinds & there & {"prefix", "bias"}):  # these cannot be folded into a weight
-            way = f'{{kind: train, patterns: ["backbone.*.{kind}{".*" if kind == "prefix" else ""}"]}}'
-            raise ValueError(
-                f"model.base {config.base} already has a {kind}, and there is room for one; to train that one further, "
-                f"write {way} in model.tuning in place of kind {kind}"
-            )
-        if kinds & there & {"lora", "scale"}:
-            merge(base.net)  # a linear holds one delta: the base's own is folded into its weight
-        _quantize(base.net, config.quantization)
-        attach(base.net, config.tuning, dtype=torch.float32)
-    _quantize(base.net, config.quantization)
-    base.net.requires_grad_(False) if not train else _promote(base.net)
-    return Model(base.net.train(train), base.tokenizer, base.encoder, resolved)
-
-
-def _quantize(net: MLLM, wanted: Quantization | None) -> None:
-    """Quantise the backbone, unless it is just so already."""
-    if wanted is not None and found(net) != wanted:
-        quantize(net, wanted)
-
-
-def _promote(net: nn.Module) -> None:
-    """What trains is kept in fp32, so that a small step is not lost in bf16's eight bits."""
-    for p in net.parameters():
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
-            p.data = p.data.float()
+    return net
 
 
 def _asset(reference: str, cache: Path | None) -> Path:
@@ -299,23 +269,11 @@ def _backbone(config: BackboneConfig, cache: Path | None, quantization: Quantiza
         made = Llama(config.llama).to(dtype)
         return made if quantization is None else cast(Llama, quantize(made, quantization)), words
     path = _asset(config.source, cache)
-    gguf = _gguf(path)
+    gguf = gguf_at(path)
     words = tokenizer.load(_asset(config.tokenizer, cache) if config.tokenizer else gguf or path)
     if gguf is not None:
         path = cached_gguf(gguf, (cache or assets.default_cache()) / "prepared")
     return load_backbone(path, dtype=dtype, quantization=quantization), words
-
-
-def _gguf(path: Path) -> Path | None:
-    """The GGUF file that ``path`` is or holds, None where there is none; ValueError when it holds several."""
-    if path.suffix == ".gguf" or not path.is_dir():
-        return path if path.suffix == ".gguf" else None
-    folders = sorted({file.parent for file in path.glob("**/*.gguf")})
-    if len(folders) > 1:
-        raise ValueError(
-            f"{path} holds .gguf files in {len(folders)} folders, name one: {', '.join(map(str, folders))}"
-        )
-    return single_file(folders[0]) if folders else None
 
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
@@ -331,8 +289,10 @@ def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
     if config.weights.startswith(ASSET):
         name = config.weights.removeprefix(ASSET)
         load_tower(tower, load_efficientnet_lite(assets.single_file(name, "**/*.pth", cache)))
+    elif (path := find(config.weights)).is_dir() and isinstance(tower, Mixture):
+        load_encoders(tower, {name: read_file(path / f"{name}.safetensors") for name in tower.members})
     else:
-        load_tower(tower, read_file(find(config.weights)))
+        load_tower(tower, read_file(path))
     return tower
 
 

@@ -19,12 +19,12 @@ from torch import nn
 
 from accessory import config as configuration
 from accessory.backbone import store
-from accessory.backbone.keys import config_from_dict
 from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.quantized import layout
-from accessory.backbone.sizes import SIZES, from_hf_config
+from accessory.backbone.sizes import SIZES
 from accessory.models import build
 from accessory.models.build import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, base_folder
+from accessory.models.skeleton import sizes, stated
 from accessory.nn.attention import SHORT
 from accessory.peft.quantize import Quantization
 from accessory.vision import presets
@@ -170,7 +170,7 @@ def find(name: str) -> Subject:
     if (folder / CONFIG_FILE).is_file():
         return _of_folder(name, folder)
     if (folder / "config.json").is_file():
-        return Subject(name, _stated(folder))
+        return Subject(name, stated(folder))
     near = difflib.get_close_matches(size, SIZES, n=3)
     raise ValueError(
         f"{name} is neither a model folder nor a size; did you mean {' or '.join(near)}?"
@@ -187,12 +187,6 @@ def _vision_bytes(tower: str, dim: int) -> int:
     return WIDE * sum(p.numel() for m in (made, joined) for p in m.parameters())
 
 
-def _stated(folder: Path) -> LlamaConfig:
-    """The backbone of a folder of whole weights, of our layout or Hugging Face's."""
-    stated = store.read_json(folder / "config.json")
-    return config_from_dict(stated["backbone"]) if stated.get("format") == "accessory" else from_hf_config(stated)
-
-
 def _of_folder(name: str, folder: Path) -> Subject:
     """A model folder: its backbone, and everything beside that as it is loaded (fp32)."""
     text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
@@ -200,7 +194,7 @@ def _of_folder(name: str, folder: Path) -> Subject:
     if config.base is not None:
         below = _of_folder(config.base, base_folder(config.base))
         return Subject(name, below.backbone, below.rest + (folder / WEIGHTS_FILE).stat().st_size)
-    backbone = _backbone(config, name)
+    backbone = sizes(config.backbone)
     trained = store.read_file(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else {}
     added = [v.numel() for k, v in trained.items() if ".delta." in k or ".prefix." in k or k.startswith("resampler.")]
     parts: list[nn.Module] = []
@@ -212,18 +206,6 @@ def _of_folder(name: str, folder: Path) -> Subject:
                 made = Projector(tower.groups, backbone.dim, p.layers, p.start_end, p.words, p.sharpness)
                 parts.append(made)
     return Subject(name, backbone, 4 * (sum(added) + sum(p.numel() for m in parts for p in m.parameters())))
-
-
-def _backbone(config: ModelConfig, name: str) -> LlamaConfig:
-    source, llama = config.backbone.source, config.backbone.llama
-    if llama is not None:
-        return llama
-    if source == "asset:smollm2":  # the default, planned also where it has not been fetched
-        return SIZES["smollm2-135m"]
-    folder = build.find(source or "")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{name}: backbone.source {source} has no config.json, so its sizes are not known")
-    return _stated(folder)
 
 
 def measured_rates(seconds: float = 0.3) -> Rates:

@@ -66,3 +66,10 @@ def train_matching(model: nn.Module, patterns: Sequence[str]) -> int:
     for name in chosen:
         named[name].requires_grad_(True)
     return len(chosen)
+
+
+def promote(net: nn.Module) -> None:
+    """Keep what trains in fp32, so that a small step is not lost in bf16's eight bits."""
+    for p in net.parameters():
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()

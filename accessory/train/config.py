@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 _OF_TRAIN = ("train.seed", "train.accumulation", "train.batch_size", "train.optimizer")
@@ -85,6 +85,8 @@ class TrainConfig:
     """A run of ``max_steps`` updates, or of ``max_seconds``, whichever ends first.
 
     ``batch_size`` counts samples of one micro-batch on one rank; an update sees ``batch_size x accumulation x ranks``.
+    ``global_batch`` states that product in place of ``accumulation``, so that an experiment is the same on any number
+    of ranks.
     ``schedule_by='time'`` lets the cosine follow the wall clock, so that a run with a fixed time budget ends with a
     cooled-down learning rate whatever the machine's speed. ``clip_norm`` None does not clip; ``threads`` None leaves
     torch's choice; ``precision`` bf16 computes in bf16 on a GPU, and on a CPU only with ``cpu_autocast``: it pays where
@@ -98,6 +100,7 @@ class TrainConfig:
     lr: float
     batch_size: int = 8
     accumulation: int = 1
+    global_batch: int | None = None
     min_lr: float = 0.0
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -122,10 +125,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "batch_size", "accumulation", "checkpoint_every", "keep_last", "log_every")
-        for name in (*counts, "threads"):
+        for name in (*counts, "threads", "global_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1")
+        if self.global_batch is not None and self.accumulation != 1:
+            raise ValueError(
+                f"global_batch {self.global_batch} decides the accumulation, and accumulation is {self.accumulation}: "
+                "write one of them"
+            )
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}")
         if not 0 <= self.warmup_steps <= self.max_steps:
@@ -136,3 +144,19 @@ class TrainConfig:
             raise ValueError(f"max_seconds {self.max_seconds} must be positive; null means no limit")
         if self.schedule_by == "time" and self.max_seconds is None:
             raise ValueError("schedule_by is 'time', which needs max_seconds")
+
+    def on(self, ranks: int) -> TrainConfig:
+        """These settings for so many ranks: ``global_batch`` has become ``accumulation``.
+
+        Raises:
+            ValueError: when it is no multiple of what the ranks read at once.
+        """
+        if self.global_batch is None:
+            return self
+        each = self.batch_size * ranks
+        if self.global_batch % each:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is no multiple of train.batch_size {self.batch_size} x "
+                f"{ranks} ranks = {each}; change one of the three"
+            )
+        return replace(self, accumulation=self.global_batch // each, global_batch=None)

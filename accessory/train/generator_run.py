@@ -20,6 +20,7 @@ from accessory.diffusion.buckets import Nearest, bucket_sizes
 from accessory.models import build
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.generator import Generator, GeneratorConfig, build_generator, saved_state
+from accessory.parallel import groups
 from accessory.schema import Encoded
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
@@ -68,6 +69,7 @@ def run(
 ) -> Result | None:
     """Build, train and export; the generator folder is ``<output_dir>/final``, with ``run.yaml`` and ``sources.yaml``
     as of :func:`accessory.train.run.run`."""
+    config = replace(config, train=config.train.on(groups.world_size()))
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh weights are part of what a seed reproduces
     generator = build_generator(config.generator, cache=cache, train=True).to(device)

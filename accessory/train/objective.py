@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from accessory.data.template import TEMPLATES
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.align import Aligner
 from accessory.models.mllm import MLLM
-from accessory.nn.moe import router_loss, routings
+from accessory.nn.moe import MoEConfig, router_loss, routings
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
 from accessory.train.disjoint import RowGroup
@@ -63,15 +63,19 @@ class ObjectiveConfig:
     """Weights of the parts. ``language`` 0 leaves the backbone out altogether (it warms up tower and projector).
 
     ``disjoint``: groups of rows that each train parameters of their own; none: every row trains everything.
+    ``balance``: the weight of the loss that balances experts, in place of the one that the backbone's sizes state.
     """
 
     language: float = 1.0
     align: AlignConfig | None = None
     disjoint: tuple[RowGroup, ...] = ()
+    balance: float | None = None
 
     def __post_init__(self) -> None:
         if self.language < 0 or (self.language == 0 and self.align is None):
             raise ValueError(f"objective: language weight {self.language} without align leaves nothing to learn")
+        if self.balance is not None and self.balance < 0:
+            raise ValueError(f"objective.balance {self.balance} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,14 @@ class DialogueObjective:
         self.tokenizer = tokenizer
         self.cache = cache
         self.ends = _ends(tokenizer)
+        self.experts: MoEConfig | None = None  # that of the model, with another balance
 
     def prepare(self, net: MLLM) -> None:
-        """Give ``net`` the auxiliary head that the alignment needs."""
+        """Give ``net`` the auxiliary head that the alignment needs; ValueError for an option that it has no use for."""
+        if self.config.balance is not None:
+            if net.backbone.config.moe is None:
+                raise ValueError(f"objective.balance {self.config.balance} is for a mixture of experts")
+            self.experts = replace(net.backbone.config.moe, balance=self.config.balance)
         if self.config.align is None:
             return
         names = [self.tokenizer.encode(c.label, glued=True) for c in concepts(self.cache)]
@@ -142,7 +151,7 @@ class DialogueObjective:
     def _language(self, net: MLLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss sum, count, and in training what the routers of a mixture of experts add to the mean."""
         # Rows are padded on the right, so causal attention never sees padding and needs no mask.
-        experts = net.backbone.config.moe
+        experts = self.experts or net.backbone.config.moe
         with routings(net) if experts is not None and net.training else contextlib.nullcontext(()) as log:
             h = net(batch.ids, batch.tiles, features=features, counts=batch.counts)
         learned = batch.labels[:, 1:] != IGNORE

@@ -95,12 +95,13 @@ def run(
     Beside the model's own files it holds ``run.yaml``, the experiment as it was resolved, and ``sources.yaml``, its
     data configuration.
     """
+    config = replace(config, train=config.train.on(groups.world_size()))
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)
     objective = DialogueObjective(config.objective, model.tokenizer, cache)
     objective.prepare(model.net)
-    minimised = _disjoint(config, objective, model.net)
+    minimised = grouped(config, objective, model.net)
     model.net.to(device)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
@@ -139,7 +140,8 @@ def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> 
     }
 
 
-def _disjoint(config: RunConfig, objective: DialogueObjective, net: nn.Module) -> Objective:
+def grouped(config: RunConfig, objective: Objective, net: nn.Module) -> Objective:
+    """``objective``, with the disjoint groups where the experiment names some; ValueError when they do not fit."""
     groups = config.objective.disjoint
     if groups and config.train.block_checkpointing:
         raise ValueError(

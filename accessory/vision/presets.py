@@ -89,7 +89,9 @@ PRESETS: dict[str, TowerConfig | MixtureConfig] = {
     # 257 tokens of 4608, and five views of them
     "sphinx-light": _LIGHT,
     "sphinx-light-1k": replace(_LIGHT, size=1024, tiles=2),
-    # SPHINX-X's SPHINX-Plus and -Intern2: the two encoders over tiles of 224
+    # SPHINX-X's two encoders over one tile of 224, which lets the data leave blank tiles out; and over all views of a
+    # picture, as SPHINX-Plus and -Intern2 see one that fills its square
+    "sphinx-x": _PLUS,
     "sphinx-plus": replace(_PLUS, size=448, tiles=2),
     "sphinx-plus-2k": replace(_PLUS, size=672, tiles=3),
     # 289 tokens, the four encoders over 512-pixel tiles

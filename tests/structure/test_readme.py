@@ -25,11 +25,12 @@ from tests.tiny import tiny_model_dir
 
 PAGES = ("README.md", "CONTRIBUTING.md")
 NANO = "weights/nano-sphinx"
-EXPECTED = 29
+EXPECTED = 29  # commands in both pages: change it together with them
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Too long for a suite, or the suite itself: the script must exist, parse, and know its options.
 HEAVY = (
     "bash exps/quickstart.sh", "bash exps/nano_sphinx.sh", "bash exps/nano_dit.sh", "bash exps/nano_dream.sh",
+    "bash exps/train.sh",
     "bash exps/setup.sh", "bash tests/run.sh", "bash .ci/run", "python -m accessory generate",
     "python -m accessory chat --model nano-sphinx --generator",
     "python demos/chat.py", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",

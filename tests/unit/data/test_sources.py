@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from accessory.data.mixture import Mixture
 from accessory.data.rows import RowRejected
 from accessory.data.sources import FileConfig, FileOptions, Source, load_sources, open_source
 from accessory.schema import Picture, Turn
@@ -197,6 +198,41 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
     for pattern in wanted:
         assert any(re.match(f"  {pattern}", line) for line in lines), f"{pattern} in {lines}"
     assert len(lines) == len(wanted)
+
+
+def test_files_that_are_not_there_say_where_they_come_from(tmp_path: Path) -> None:
+    entry = "{kind: llava, path: down/rows.json, root: pictures, get: the page of the set}"
+    (tmp_path / "c.yaml").write_text(f"sources: [{entry}]")
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        load_sources(tmp_path / "c.yaml")
+    assert re.search(
+        r"no data file at .*down/rows.json and no folder of pictures \(root\) at .*pictures; put it there, it comes "
+        "from: the page of the set$", str(caught.value),
+    )  # fmt: skip
+    (tmp_path / "down").mkdir()
+    (tmp_path / "down" / "rows.json").write_text(json.dumps([llava("What?", "A")]))
+    with pytest.raises(ValueError, match=r"0: no folder of pictures \(root\) at"):
+        load_sources(tmp_path / "c.yaml")
+    (tmp_path / "pictures").mkdir()
+    assert len(load_sources(tmp_path / "c.yaml")) == 1
+
+
+def test_several_files_are_read_as_one(tmp_path: Path) -> None:
+    """In the order of their names, empty ones too; the mixture's state knows all of them."""
+    for name, answers in {"part-0.jsonl": "ab", "part-1.jsonl": "", "part-2.jsonl": "cde", "other.jsonl": "x"}.items():
+        (tmp_path / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in answers))
+    (tmp_path / "c.yaml").write_text("sources: [{kind: text, path: part-*.jsonl}]")
+    (source,) = load_sources(tmp_path / "c.yaml")
+    assert len(source) == 5
+    assert [source[i].turns[0].text for i in range(5)] == list("abcde")
+    before = Mixture([source]).fingerprint()
+    (tmp_path / "part-1.jsonl").write_text(json.dumps({"text": "z"}) + "\n")
+    (again,) = load_sources(tmp_path / "c.yaml")
+    assert again[2].turns[0].text == "z"
+    assert Mixture([again]).fingerprint() != before
+    (tmp_path / "c.yaml").write_text("sources: [{kind: text, path: piece-*.jsonl}]")
+    with pytest.raises(ValueError, match=r"no data file at .*piece-\*.jsonl"):
+        load_sources(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "sources: {}", "{a: [", "3"])

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from accessory import config as configuration
+from accessory.backbone.gguf import gguf_at
 from accessory.data.tiling import TilingConfig
 from accessory.models import build
 from accessory.models.build import Model, ModelConfig, ProjectorConfig, ResamplerConfig
@@ -26,6 +27,8 @@ from accessory.peft.attach import (
     trainable_state,
 )
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
+from accessory.vision import presets
+from accessory.vision.mixture import MixtureConfig
 from tests.tiny import disturb, tiny_model_dir
 from tests.unit.models.pictured import TILING, batch, mixed, model
 
@@ -235,12 +238,45 @@ def test_a_torn_file_is_named(tmp_path: Path, base: Path) -> None:
 
 
 def test_a_base_brings_its_own_settings(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"brings its own max_length"):
-        build.build(ModelConfig(base=str(base), max_length=99))
+    with pytest.raises(ValueError, match=r"brings its own tiling; beside it only tuning, quantization, template"):
+        build.build(ModelConfig(base=str(base), tiling=TilingConfig(size=32)))
     with pytest.raises(ValueError, match="not a model folder"):
         build.build(ModelConfig(base=str(tmp_path)))
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
         build.build(ModelConfig(base=str(tmp_path / "nowhere")))
+
+
+def test_template_and_length_may_differ_from_those_of_the_base(base: Path, tmp_path: Path) -> None:
+    plain = build.load(base)
+    made = build.build(ModelConfig(base=str(base), tuning=SPECS["norm"], template="alpaca", max_length=99), train=True)
+    assert (made.template.name, made.encoder.max_length) == ("alpaca", 99)
+    assert (made.config.template, made.config.max_length) == ("alpaca", 99)
+    assert plain.template.name != "alpaca"
+    assert plain.encoder.max_length != 99
+    build.save(made, tmp_path / "top")
+    again = build.load(tmp_path / "top")
+    assert (again.template.name, again.encoder.max_length) == ("alpaca", 99)
+    above = build.build(ModelConfig(base=str(tmp_path / "top"), tuning=SPECS["bias"]))
+    assert (above.template.name, above.encoder.max_length) == ("alpaca", 99)
+
+
+def test_encoders_of_a_mixture_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a file of its own, under its published names; files of other encoders may lie beside them."""
+    whole = presets.PRESETS["tiny-sphinx"]
+    assert isinstance(whole, MixtureConfig)
+    monkeypatch.setitem(presets.PRESETS, "pair", replace(whole, channel=whole.channel[:2], extra=()))
+    wanted = presets.build("pair")
+    for name, prefix in (("clip", "visual."), ("openclip_convnext_xxl", ""), ("qformer", "")):
+        state = {} if name == "qformer" else wanted.get_submodule(f"members.{name}.model").state_dict()
+        save_file({prefix + k: v.contiguous() for k, v in state.items()}, tmp_path / f"{name}.safetensors")
+    made = build.build_tower(build.TowerSource("pair", str(tmp_path)))
+    other = presets.build("pair").state_dict()
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, wanted.state_dict()[name]), name
+    assert any(not torch.equal(value, other[name]) for name, value in made.state_dict().items())
+    (tmp_path / "clip.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"clip\.safetensors is missing"):
+        build.build_tower(build.TowerSource("pair", str(tmp_path)))
 
 
 def test_of_several_gguf_files_none_is_guessed(tmp_path: Path) -> None:
@@ -251,7 +287,7 @@ def test_of_several_gguf_files_none_is_guessed(tmp_path: Path) -> None:
         build.build(ModelConfig(backbone=build.BackboneConfig(str(tmp_path / "one"))))
     with pytest.raises(ValueError, match=r"holds .gguf files in 2 folders"):
         build.build(ModelConfig(backbone=build.BackboneConfig(str(tmp_path))))
-    assert build._gguf(tmp_path / "deep") == tmp_path / "deep/er/a.gguf"
-    assert build._gguf(tmp_path / "one" / "a.gguf") == tmp_path / "one" / "a.gguf"
+    assert gguf_at(tmp_path / "deep") == tmp_path / "deep/er/a.gguf"
+    assert gguf_at(tmp_path / "one" / "a.gguf") == tmp_path / "one" / "a.gguf"
     (tmp_path / "none").mkdir()
-    assert build._gguf(tmp_path / "none") is None
+    assert gguf_at(tmp_path / "none") is None

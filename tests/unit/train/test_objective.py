@@ -80,8 +80,20 @@ def test_routers_of_experts_are_balanced_in_training(made: Model) -> None:
     assert bool(torch.autograd.grad(total, gate)[0].any())
     # padding has a router too, and is not counted
     assert not torch.allclose(router_loss(experts, log), router_loss(experts, log, b.mask.flatten()))
+    half = DialogueObjective(ObjectiveConfig(balance=0.25), made.tokenizer)
+    half.prepare(made.net)
+    wanted = router_loss(replace(experts, balance=0.25), log, b.mask.flatten()) * count
+    torch.testing.assert_close(half(made.net, b)[2]["router"], wanted.detach())
+    assert float(wanted.detach()) < 0.7 * float(added.detach())
     made.net.eval()
     assert "router" not in DialogueObjective(ObjectiveConfig(), made.tokenizer)(made.net, b)[2]
+
+
+def test_a_balance_is_for_experts(made: Model) -> None:
+    with pytest.raises(ValueError, match=r"objective.balance 0.1 is for a mixture of experts"):
+        DialogueObjective(ObjectiveConfig(balance=0.1), made.tokenizer).prepare(made.net)
+    with pytest.raises(ValueError, match=r"objective.balance -1.0 must not be negative"):
+        ObjectiveConfig(balance=-1.0)
 
 
 def test_the_loss_is_that_of_all_logits(made: Model) -> None:

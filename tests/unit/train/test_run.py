@@ -7,6 +7,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,35 @@ def test_dry_run_describes_and_leaves_nothing(tmp_path: Path, caplog: pytest.Log
     assert "trained: backbone" in caplog.text
     assert "4 rows" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_global_batch_becomes_accumulation(tmp_path: Path) -> None:
+    """An update of eight rows is the same whether one rank reads two at once or four."""
+    config = experiment(tmp_path, steps=2)
+
+    def trained(name: str, **options: Any) -> dict[str, torch.Tensor]:
+        train = replace(config.train, output_dir=str(tmp_path / name), **options)
+        result = run(replace(config, train=train), folder=tmp_path)
+        assert result is not None
+        assert result.final is not None
+        assert f"accumulation: {8 // options['batch_size']}" in (result.final / "run.yaml").read_text()
+        return load_file(result.final / build.WEIGHTS_FILE)
+
+    stated, two, four = (
+        trained("a", batch_size=4, accumulation=2),
+        trained("b", batch_size=2, global_batch=8),
+        trained("c", batch_size=4, global_batch=8),
+    )
+    for name, value in stated.items():
+        assert torch.equal(value, four[name])
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4)
+    assert replace(config.train, global_batch=16).on(2).accumulation == 2
+    with pytest.raises(ValueError, match=r"global_batch 8 is no multiple of train.batch_size 4 x 3 ranks = 12"):
+        replace(config.train, global_batch=8).on(3)
+    with pytest.raises(ValueError, match="write one of them"):
+        replace(config.train, global_batch=8, accumulation=2)
+    with pytest.raises(ValueError, match="global_batch is 0"):
+        replace(config.train, global_batch=0)
 
 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:

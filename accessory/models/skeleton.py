@@ -1,0 +1,115 @@
+"""A model without its weights: every name and shape of any size, in seconds and without memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from accessory import config as configuration
+from accessory.backbone import store
+from accessory.backbone.keys import config_from_dict
+from accessory.backbone.llama import Llama, LlamaConfig
+from accessory.backbone.sizes import SIZES, from_hf_config
+from accessory.data.tiling import TilingConfig
+from accessory.models import build, stacked
+from accessory.models.build import BackboneConfig, ModelConfig, ProjectorConfig, TowerSource
+from accessory.models.mllm import MLLM
+from accessory.models.published import LLAMA_TYPES, LlamaType
+from accessory.peft.attach import TrainSpec, attach, attached, detach
+from accessory.peft.tuning import promote
+from accessory.vision import presets
+
+
+def skeleton(config: ModelConfig) -> MLLM:
+    """The network of ``config`` on the meta device, with what is tuned in fp32; nothing is read but configurations.
+
+    Quantised weights stand there in full: on the meta device they have no codes.
+
+    Raises:
+        ValueError: for sizes that are not known or do not fit together, as :func:`accessory.models.build.build`.
+    """
+    with torch.device("meta"):
+        if config.base is not None:
+            return _on_base(config)
+        backbone = Llama(sizes(config.backbone)).to(build.DTYPES[config.backbone.dtype])
+        tower = None if config.tower is None else presets.build(config.tower.preset, config.tower.activation)
+        net = build.join(config, backbone, tower)
+    promote(net)
+    return net
+
+
+def _on_base(config: ModelConfig) -> MLLM:
+    net = skeleton(_below(config.base or ""))
+    wanted = {spec.kind for spec in config.tuning}
+    if wanted & {"lora", "scale"}:  # as when the base is folded: the slots are free again
+        detach(net, [spec for spec in attached(net) if spec.kind in ("lora", "scale")])
+    attach(net, config.tuning, dtype=torch.float32)
+    promote(net)
+    return net
+
+
+def resolved(config: ModelConfig) -> ModelConfig:
+    """``config`` with all that its base brings.
+
+    Raises:
+        ValueError: when it says what the base brings, or the base is neither a folder nor known by name.
+    """
+    return config if config.base is None else stacked.over(config, resolved(_below(config.base)))
+
+
+def _below(name: str) -> ModelConfig:
+    """The configuration of a base: that of the model folder; of a run that has not been made, what its experiment says;
+    of a published model that has not been converted, what its type says."""
+    folder = build.find(name)
+    file = folder / build.CONFIG_FILE
+    if file.is_file():
+        tree = configuration.parse(file.read_text(encoding="utf-8"), str(file))
+        return configuration.build(tree, ModelConfig, str(file))
+    if (row := _released(folder)) is not None:
+        return ModelConfig(
+            backbone=BackboneConfig(str(folder / "backbone")),
+            tower=None if row.tower is None else TowerSource(row.tower, None),
+            projector=ProjectorConfig("linear_norm", start_end=row.start_end),
+            tuning=(TrainSpec(("projector.*",)),),
+            template="sphinx",
+            tiling=TilingConfig(row.image_size, skip=False),
+            max_length=SIZES[row.size].max_length,
+        )
+    made = [file for file in build.makers(folder) if file.suffix == ".yaml"]
+    if not made:
+        build.base_folder(name)  # which says what is missing
+    return configuration.build(configuration.read(made[0]).get("model", {}), ModelConfig, str(made[0]))
+
+
+def sizes(config: BackboneConfig) -> LlamaConfig:
+    """The sizes of a backbone: as they are stated, those of its folder, or those of the name of one that is not there.
+
+    Raises:
+        ValueError: when none of these are known.
+    """
+    if config.llama is not None:
+        return config.llama
+    if config.source == "asset:smollm2":  # the default, known also where it has not been fetched
+        return SIZES["smollm2-135m"]
+    folder = build.find(config.source or "")
+    if (folder / "config.json").is_file():
+        return stated(folder)
+    row = _released(folder.parent) if folder.name == "backbone" else None
+    name = folder.name if row is None else row.size
+    if folder.exists() or name not in SIZES:
+        raise ValueError(
+            f"backbone.source {config.source} has no config.json, so its sizes are not known (a folder that is not "
+            "there yet has those of its name, e.g. weights/llama2-13b)"
+        )
+    return SIZES[name]
+
+
+def stated(folder: Path) -> LlamaConfig:
+    """The sizes in a folder of whole weights, of our layout or Hugging Face's."""
+    found = store.read_json(folder / "config.json")
+    return config_from_dict(found["backbone"]) if found.get("format") == "accessory" else from_hf_config(found)
+
+
+def _released(folder: Path) -> LlamaType | None:
+    return next((row for row in LLAMA_TYPES.values() if folder.name in row.released), None)

@@ -1,0 +1,129 @@
+"""What an experiment would be: sizes, what trains, its schedule and its data, without weights, rows or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from accessory import config as configuration
+from accessory.data.sources import SourceConfig, missing, read_configs
+from accessory.models.build import ModelConfig
+from accessory.models.mllm import MLLM
+from accessory.models.plan import size, weight_bytes
+from accessory.models.skeleton import resolved, skeleton
+from accessory.schema import Batch
+from accessory.train.config import TrainConfig
+from accessory.train.optim import Optimizer
+from accessory.train.run import RunConfig, grouped, sources_file
+
+# Bytes of a number that trains: itself, its gradient and two moments, all in fp32.
+TRAINED = 16
+# The pictures that a model is asked about: a square and one of twice the width, both larger than any canvas.
+SHAPES = {"square": (4096, 4096), "2:1": (4096, 2048)}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """``parts``: parameters of each part and how many of them train. ``positions``: those of a picture, by its shape.
+
+    ``memory``: bytes of weights, gradients and moments on every rank. ``absent``: files that are not there.
+    """
+
+    parts: dict[str, tuple[int, int]]
+    positions: dict[str, int]
+    max_length: int
+    memory: int
+    sources: tuple[SourceConfig, ...]
+    absent: tuple[str, ...]
+    train: TrainConfig
+
+
+def outline(config: RunConfig, folder: Path = Path()) -> Outline:
+    """The outline of an experiment whose file lies in ``folder``.
+
+    Raises:
+        ValueError: for whatever would keep it from being built: sizes, patterns, groups, the data configuration.
+    """
+    net, model = skeleton(config.model), resolved(config.model)
+    parts: dict[str, tuple[int, int]] = {}
+    frozen = 0
+    for name, p in net.named_parameters():
+        part = name.split(".")[0]
+        total, trained = parts.get(part, (0, 0))
+        parts[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)
+        frozen += 0 if p.requires_grad else p.numel() * p.itemsize
+    Optimizer(net, config.train)  # complains about group patterns, as the next line about those of rows
+    grouped(config, _nothing, net)
+    spec = config.model.quantization or model.quantization
+    if spec is not None:  # the skeleton has the full weights
+        frozen += weight_bytes(net.backbone.config, spec) - weight_bytes(net.backbone.config, None)
+    found, mistakes = read_configs(sources_file(config.data, folder))
+    if mistakes:
+        raise ValueError(f"the data configuration {config.data.sources} cannot be used:\n  " + "\n  ".join(mistakes))
+    absent = [missing(source) for _, source in found]
+    seen = {} if net.tower is None else {name: _positions(net, model, sides) for name, sides in SHAPES.items()}
+    if (most := max(seen.values(), default=0)) >= model.max_length:
+        raise ValueError(
+            f"model.max_length is {model.max_length}, and a picture alone takes {most} positions: no row would fit"
+        )
+    return Outline(
+        parts,
+        seen,
+        model.max_length,
+        frozen + TRAINED * sum(trained for _, trained in parts.values()),
+        tuple(source for _, source in found),
+        tuple(problem for problem in absent if problem is not None),
+        config.train,
+    )
+
+
+def _nothing(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]:
+    """The objective of what has no weights."""
+    raise ValueError("an outline has nothing to learn")
+
+
+def _positions(net: MLLM, config: ModelConfig, sides: tuple[int, int]) -> int:
+    """Places in the sequence that a picture takes."""
+    if net.tower is None or net.projector is None:
+        return 0
+    plan = config.tiling.plan(*sides)
+    views = net.projector.runs(net.tower.runs)
+    each = sum(views) + 2 * len(views) * net.projector.start_end
+    return plan.num_real * each + len(plan.tiles) - plan.num_real
+
+
+def main_outline(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The outline of an experiment file as text.
+
+    Raises:
+        ValueError: as :func:`outline`, and for the file of a generator.
+    """
+    if "generator" in configuration.read(path):
+        raise ValueError(f"{path} trains a generator; --outline is for language models, --dry-run builds either")
+    config = configuration.load(path, RunConfig, overrides)
+    return "\n".join(_lines(str(path), outline(config, Path(path).parent)))
+
+
+def _lines(name: str, found: Outline) -> list[str]:
+    t = found.train
+    out = [name, "", "| part | parameters | trained |", "|---|---:|---:|"]
+    total = (sum(n for n, _ in found.parts.values()), sum(n for _, n in found.parts.values()))
+    out += [f"| {part} | {n:,} | {trained:,} |" for part, (n, trained) in {**found.parts, "all": total}.items()]
+    shown = ", ".join(f"{shape} {n}" for shape, n in found.positions.items())
+    out += ["", f"length: {found.max_length} positions" + (f"; a picture takes: {shown}" if shown else "")]
+    update = t.global_batch or t.batch_size * t.accumulation
+    each = "" if t.global_batch else " on each rank"
+    out.append(f"updates: {t.max_steps:,} of {update} samples{each}, {t.batch_size} at once: {t.max_steps * update:,}")
+    clipped = "not clipped" if t.clip_norm is None else f"clipped to {t.clip_norm:g}"
+    out.append(
+        f"learning rate: 0 to {t.lr:g} over {t.warmup_steps:,} updates, half a cosine to {t.min_lr:g}; weight decay "
+        f"{t.weight_decay:g}, betas {t.betas[0]:g} {t.betas[1]:g}, gradients {clipped}"
+    )
+    out.append(f"memory of every rank before activations: {size(found.memory)}")
+    there = len(found.sources) - len(found.absent)
+    out.append(f"data: {len(found.sources)} sources, {there} of them there")
+    return out + [f"  {problem}" for problem in found.absent]

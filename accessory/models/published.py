@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ENCODERS = ("clip", "openclip_convnext_xxl", "dinov2_vitg14", "qformer")
@@ -84,6 +84,15 @@ LLAMA_TYPES: dict[str, LlamaType] = {
     "internlm": LlamaType("internlm"),
 }  # fmt: skip
 """By the name that a checkpoint's ``meta.json`` holds. Every one is the same model with other slots filled."""
+
+_LIGHT_1K = replace(LLAMA_TYPES["llama_ens5_light"], tower="sphinx-plus", image_size=448, released=())
+SPHINX_X: dict[str, LlamaType] = {
+    "SPHINX-Intern2": replace(_LIGHT_1K, size="internlm2-7b"),
+    "SPHINX-Plus": replace(_LIGHT_1K, size="llama2-13b"),
+    "SPHINX-Plus-2K": replace(_LIGHT_1K, size="llama2-13b", tower="sphinx-plus-2k", image_size=672, positions=2590),
+}
+"""Of SPHINX-X (Liu et al. 2024), without published code or weights: sizes as its paper says, and joined to the language
+model as the light types are."""
 
 
 def find_type(kind: str) -> LlamaType:

@@ -17,6 +17,7 @@ from accessory.backbone.keys import expected_shapes
 from accessory.backbone.reference_folders import CONFIG, META, laid_over, llama_type
 from accessory.backbone.weights import save_accessory
 from accessory.data.tiling import TilingConfig
+from accessory.models import build
 from accessory.models.build import (
     WEIGHTS_FILE,
     BackboneConfig,
@@ -27,9 +28,11 @@ from accessory.models.build import (
     write_config,
 )
 from accessory.models.encoder_store import keep_encoder
+from accessory.models.gate import GateError, check, measure, prompt_rows, remove
 from accessory.models.published import find_type
-from accessory.models.reference import SKIP, Published, fill_resampler, read_published
+from accessory.models.reference import SKIP, Published, assemble, fill_resampler, read_published
 from accessory.peft.attach import TrainSpec, TuningSpec
+from accessory.vision import presets
 from accessory.vision.presets import Activation
 
 
@@ -86,6 +89,36 @@ def convert_pictured(
         save_file(trained(published), private / WEIGHTS_FILE)
         write_config(private, config)
     return config
+
+
+def hold_pictured(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    kind: str | None = None,
+    cache: Path | None = None,
+    pickles: bool = False,
+    tolerance: float | None = None,
+) -> float | None:
+    """Compare the model folder ``out`` with the network of the published tensors themselves, by fixed prompts with
+    pictures, and remove it where they differ; returns how far. None where no tokenizer lies with them.
+
+    Raises:
+        GateError: when the logits moved too far.
+    """
+    if not has_tokenizer(Path(out) / "backbone"):
+        return None
+    model = build.load(out, cache=cache)
+    rows, after, tower = prompt_rows(model), measure(model), model.config.tower
+    del model  # or both would be in memory
+    assert tower is not None
+    published = read_pictured(folders, kind, pickles=pickles)
+    net = assemble(published, presets.build(tower.preset, tower.activation))
+    try:
+        return check(measure(net, rows), after, f"converting to {out}", tolerance)
+    except GateError:
+        remove(out)
+        raise
 
 
 def trained(published: Published) -> dict[str, Tensor]:

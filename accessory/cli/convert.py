@@ -190,13 +190,13 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _bound(args: argparse.Namespace, spec: Quantization) -> Bound:
-    """What a kind may cost; ``--tolerance`` says it in nats."""
+    """What a kind may cost; ``--tolerance`` says it in nats, and then nothing is asked of the likeliest tokens."""
     from dataclasses import replace
 
     from accessory.models.gate import QUANTISED
 
     bound = QUANTISED[spec.kind]
-    return bound if args.tolerance is None else replace(bound, nats=args.tolerance)
+    return bound if args.tolerance is None else replace(bound, nats=args.tolerance, agreement=0.0)
 
 
 def _write(args: argparse.Namespace, config: LlamaConfig, tensors: dict[str, Tensor], tokenizer: Path | None) -> None:

@@ -45,9 +45,9 @@ class Bound:
 
 
 QUANTISED = {
-    "int8": Bound(0.02, 0.9, 0.012),
-    "int4": Bound(0.8, 0.6, 0.35),
-    "nf4": Bound(0.8, 0.6, 0.25),
+    "int8": Bound(0.1, 0.85, 0.02),
+    "int4": Bound(0.8, 0.6, 0.4),
+    "nf4": Bound(0.8, 0.6, 0.4),
 }
 """Between full weights and those that are kept in fewer bits; README has what a 135M-parameter model measures, good and
 spoilt. Larger models move less."""

@@ -65,7 +65,8 @@ def encoding(preset: str) -> Encoding:
     flops = peak = held = joined = 0
     for member in (*config.extra, *config.channel):
         one, made = _run(preset, member.name), tower.member(member.name)
-        peak = max(peak, held + tower.views * one.peak)
+        pixels = 3 * 4 * made.size**2  # of a view, made for this encoder
+        peak = max(peak, held + tower.views * (one.peak + pixels))
         flops += tower.views * one.flops
         cells = made.grid if member in config.extra else tower.grid  # coarser maps are repeated
         kept = 4 * tower.views * made.width * cells[0] * cells[1]

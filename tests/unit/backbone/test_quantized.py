@@ -213,16 +213,17 @@ def test_the_tensors_of_any_layout_are_quantised_without_a_stated_dtype(tmp_path
     assert equal(loaded.state_dict(), quantize(full, Quantization("int8", embeddings=True)).state_dict())
 
 
-# Loads a model, feeds a prompt, and says how much the process grew at its peak.
+# Loads and measures a model, or converts it, and says how much the process grew at its peak.
 CHILD = """
 import sys, torch
 from pathlib import Path
 from accessory.backbone.weights import load_backbone
+from accessory.models.gate import measure
 from accessory.peft.quantize import Quantization, quantize
 def status(name):
     return int(next(x for x in open("/proc/self/status") if x.startswith(name + ":")).split()[1])
 torch.set_num_threads(1)
-quantize(load_backbone(Path(sys.argv[2])), Quantization("int4"))  # what libraries take at their first use
+measure(quantize(load_backbone(Path(sys.argv[2])), Quantization("int4")))  # what libraries take at their first use
 if sys.argv[3] == "convert":
     from accessory.__main__ import main
     main(["convert", sys.argv[2], sys.argv[4] + "-small", "--quantize", "int4"])
@@ -231,9 +232,7 @@ if sys.argv[3] == "convert":
     sys.exit(print(status("VmHWM") - before))
 before = status("VmRSS")
 spec = None if sys.argv[3] == "bf16" else Quantization.parse(sys.argv[3])
-model = load_backbone(Path(sys.argv[1]), quantization=spec)
-for p in model.parameters():
-    p.sum()  # mapped weights count when they are read
+measure(load_backbone(Path(sys.argv[1]), quantization=spec))  # mapped weights count when they are read
 print(status("VmHWM") - before)
 """
 
@@ -251,7 +250,7 @@ def test_loading_quantised_never_holds_more_than_full_weights(tmp_path: Path) ->
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
         peaks[kind] = int(done.stdout) * 1024
     full = num_bytes(model)
-    assert 0.9 * full < peaks["bf16"] < 1.3 * full
+    assert 0.9 * full < peaks["bf16"] < 1.4 * full  # with what a product of the largest matrix takes beside it
     assert peaks["int4"] < 0.75 * peaks["bf16"], peaks
     for name, options in {"gated": [], "alone": ["--skip-gate"]}.items():
         command = [sys.executable, "-c", CHILD, str(tmp_path / "big"), str(tmp_path / "small"), "convert"]
@@ -260,8 +259,8 @@ def test_loading_quantised_never_holds_more_than_full_weights(tmp_path: Path) ->
         peaks[name] = int(done.stdout.split()[-1]) * 1024
     written = (tmp_path / "gated" / "model.safetensors").stat().st_size
     print({name: round(peak / full, 2) for name, peak in peaks.items()}, round(written / full, 2))
-    # Never both: full weights are let go before the first is quantised.
-    assert peaks["gated"] < full + 0.5 * written, peaks
+    # Never both: asking the full model takes most, and it is let go before the first weight is quantised.
+    assert peaks["gated"] < peaks["bf16"] + 0.4 * written, peaks
     # Without the gate they are never all there: what is written, twice while it is laid out, and a layer.
     assert peaks["alone"] < 2.3 * written + 4 * 1024 * 3072, peaks
 

@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.quantize [--model nano-sphinx] [--kinds bf16 int8 int4 ...] [--windows 8] [--questions 8]
     [--new 32] [--threads 1] [--cpu-time] [--json]``
+``python -m benchmarks.quantize --spoil``: what the gate (``models/gate.py``) sees of each kind, good and damaged.
 
 Text: the reference manual that comes with Python (``pydoc_data``), windows of 512 tokens, mean loss a token, of the
 model and of the language model that it was tuned from. Pictures: the built-in test sets, mean loss a token of the true
@@ -13,17 +14,18 @@ model as it is. Decoding is that of the chat (accelerated, not compiled), batch 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from accessory.backbone.fast import accelerate
 from accessory.backbone.generate import Sampling, generate
@@ -31,8 +33,10 @@ from accessory.data.builtin import build as build_set
 from accessory.data.collate import collate
 from accessory.models import build
 from accessory.models.build import Model, ModelConfig
-from accessory.peft.attach import merge
-from accessory.peft.quantize import Quantization, num_bytes
+from accessory.models.gate import drift
+from accessory.models.gate import measure as measure_prompts
+from accessory.peft.attach import find_backbone, merge
+from accessory.peft.quantize import Quantization, code_error, found, kernels, num_bytes, quantized
 from accessory.serve.chat import find_model
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
 from benchmarks.floors import median
@@ -121,6 +125,51 @@ def measure(kind: str, args: argparse.Namespace) -> Row:
     return Row(kind, size, *texts, picture_loss(model, args.questions, args.cache), speed)
 
 
+def swapped(net: nn.Module) -> None:
+    """Two blocks of a quantised backbone change places."""
+    layers: nn.ModuleList = find_backbone(net).get_submodule("layers")  # type: ignore[assignment]
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def zeroed(net: nn.Module) -> None:
+    """One scale is lost: the weights of its group become 0."""
+    kernel = dict(kernels(net))["layers.0.attention.wq"]
+    if kernel.kind == "nf4":
+        kernel.codes[: kernel.group // 2] = 0x77  # type: ignore[operator]  # level 7 is 0, the scale a code of its own
+    else:
+        kernel.scales[(0,) * (kernel.scales.ndim - 1)] = 0  # type: ignore[index, operator]
+
+
+def transposed(net: nn.Module) -> None:
+    """A square matrix was written the other way round."""
+    backbone, spec = find_backbone(net), found(net)
+    assert spec is not None
+    linear = backbone.get_submodule("layers.0.attention.wo")
+    linear.kernel = quantized(spec, linear.kernel.dequantized().t().contiguous())  # type: ignore[operator, union-attr]
+
+
+def good(net: nn.Module) -> None:
+    """As it is."""
+
+
+SPOILS = (good, swapped, zeroed, transposed)
+
+
+def spoil(kind: str, args: argparse.Namespace) -> None:
+    """Print what the gate sees of one kind and of its damaged copies."""
+    model = build.load(find_model(args.model), cache=args.cache)
+    merge(model.net)
+    full = {n: m.weight for n, m in find_backbone(model.net).named_modules() if hasattr(m, "weight")}
+    before = measure_prompts(model)
+    build.shrink(model, Quantization.parse(kind))
+    for damage in SPOILS:
+        net = copy.deepcopy(model.net)
+        damage(net)
+        moved = drift(before, measure_prompts(replace(model, net=net)))
+        worst = max(code_error(kernel, full[name]) for name, kernel in kernels(net))
+        print(f"| {kind} | {damage.__name__} | {moved.nats:.4f} | {moved.agreement:.1%} | {worst:.4f} |", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,10 +183,17 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds; needs --threads 1")
     parser.add_argument("--cache", type=Path, help="asset cache")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--spoil", action="store_true", help="print what the gate sees instead")
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time adds up the threads' seconds, so it needs --threads 1")
     torch.set_num_threads(args.threads)
+    if args.spoil:
+        print("| weights | what was done | nats a position | likeliest stayed | worst code |\n|---|---|---:|---:|---:|")
+        for kind in args.kinds:
+            if kind not in (FULL, FOLDED):
+                spoil(kind, args)
+        return
     rows = []
     for kind in args.kinds:
         rows.append(measure(kind, args))

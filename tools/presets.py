@@ -8,7 +8,6 @@ read and nothing computed. A number that is not the published one is marked, and
 """
 
 import argparse
-import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -30,10 +29,7 @@ from accessory.models.mllm import MLLM
 from accessory.models.published import LLAMA_TYPES, find_type
 from accessory.models.published_keys import Tuned
 from accessory.models.reference import SKIP, assemble, read_published, text_specs
-from accessory.vision.mixture import Member, MixtureConfig, build_mixture
-from accessory.vision.presets import PRESETS
-from accessory.vision.tower import Tower
-from accessory.vision.towers import build_tower
+from accessory.vision.meta import tower_of
 
 POSITIONS = {
     "llama": 257, "llama_peft": 257, "llama_adapter": 0, "llama_qformerv2": 34, "llama_qformerv2_peft": 34,
@@ -102,33 +98,6 @@ class Row:
     kind: str
     cells: tuple[str, ...]
     problems: tuple[str, ...]
-
-
-@functools.cache
-def _member(name: str, size: int) -> Tower:
-    """Encoders are built once and shared: nothing is computed with them."""
-    for preset in PRESETS.values():
-        if isinstance(preset, MixtureConfig):
-            for member in (*preset.channel, *preset.extra):
-                if (member.name, member.config.size) == (name, size):
-                    with torch.device("meta"):
-                        return build_tower(member.config)
-    raise ValueError(f"no mixture has an encoder {name!r} of {size} pixels")
-
-
-@functools.cache
-def tower_of(preset: str) -> Tower:
-    """A preset's tower on ``meta``."""
-    config = PRESETS[preset]
-    if not isinstance(config, MixtureConfig):
-        with torch.device("meta"):
-            return build_tower(config)
-
-    def make(member: Member) -> Tower:
-        return _member(member.name, member.config.size)
-
-    with torch.device("meta"):
-        return build_mixture(config, make)
 
 
 def imported(kind: str, config: LlamaConfig) -> tuple[MLLM, published_keys.Shapes]:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from accessory.backbone.llama import Llama, LlamaConfig
-    from accessory.models.gate import Measure
+    from accessory.models.gate import Bound, Measure, Row
     from accessory.peft.quantize import Quantization
+
+    Read = Callable[[], tuple[LlamaConfig, dict[str, Tensor]]]
 
 TARGET_HELP = "layout of DST; model: a model folder, of LLaMA2-Accessory's that sees or a release of LLaMA-Adapter"
 DTYPES = ("bfloat16", "float16", "float32")
+SKIPPED = "not compared (--skip-gate)"
 
 
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,7 +41,9 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--to", dest="target", choices=targets, default="accessory", help=TARGET_HELP)
     parser.add_argument("--sparse", action="store_true", help="block-sparse experts (only --to reference)")
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: as stored; GGUF: bfloat16)")
-    parser.add_argument("--quantize", metavar="KIND", help="write int8, int4 or nf4 weights (only --to accessory)")
+    parser.add_argument(
+        "--quantize", metavar="KIND", help="write int8, int4 or nf4 weights (only --to accessory, or of a model folder)"
+    )
     parser.add_argument("--tensor-parallel", type=int, metavar="N", help="write N shards (not --to hf)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer from here (default: SRC)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="split larger files (default: 5)")
@@ -44,7 +51,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--tolerance",
         type=float,
         metavar="X",
-        help="largest move of a logit, relative to the largest (default: by type and KIND)",
+        help="largest move of a logit, relative to the largest; with --quantize nats a position (default: by type and "
+        "KIND)",
     )
     parser.add_argument("--skip-gate", action="store_true", help="do not compare logits before and after")
     parser.add_argument("--base", metavar="DIR", help="of a trained folder: its base, the same in another precision")
@@ -71,47 +79,29 @@ def main(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from accessory.backbone.gguf import load_gguf, single_file
     from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer
-    from accessory.backbone.store import cast
-    from accessory.backbone.weights import detect, from_tensors, read_folder
-    from accessory.models.gate import hold, measure
+    from accessory.backbone.weights import detect
     from accessory.peft.quantize import Quantization
 
-    if (args.src / "config.yaml").is_file():
-        return _trained(args)
-    _check(args)
     spec = Quantization.parse(args.quantize) if args.quantize is not None else None
+    if (args.src / "config.yaml").is_file():
+        return _trained(args, spec)
+    _check(args)
     if args.target == "model":
         return _pictured(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     layout = detect(args.src) if args.source == "auto" else args.source
-    if layout == "gguf" and not args.overlay:
-        config, tensors = load_gguf(single_file(args.src), dtype or torch.bfloat16)
-    else:
-        config, tensors = read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)
-    before = None if args.skip_gate else measure(from_tensors(config, tensors))
-    tensors = cast(tensors, dtype)
     tokenizer = args.tokenizer
     if tokenizer is None and args.src.is_dir() and has_tokenizer(args.src):
         tokenizer = args.src
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer")
-    count = sum(t.numel() for t in tensors.values())
-    held = f"{len(tensors)} tensors, {count:,} parameters" + ("" if spec is None else f" as {args.quantize}")
-    if spec is not None:
-        moved = _quantize(args, config, tensors, spec, before)
-    else:
-        _write(args, config, tensors, tokenizer)
-        moved = None
-        if before is not None:
-            moved = hold(before, args.dst, "converting to", tolerance=args.tolerance, opened=_open)
+    held, said = _convert(args, layout, dtype, spec, tokenizer)
     if args.target != "hf" and tokenizer is not None:
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, args.dst / file)
     print(f"{args.dst}: {args.target} layout, {held} (read as {layout})")
-    said = "not compared (--skip-gate)" if moved is None else f"moved by {moved:.2g} of their largest"
     print(f"logits of the fixed prompts: {said}")
     if tokenizer is not None:
         print(f"tokenizer: that of {tokenizer}")
@@ -122,32 +112,97 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(
+    args: argparse.Namespace, layout: str, dtype: torch.dtype | None, spec: Quantization | None, words: Path | None
+) -> tuple[str, str]:
+    """Read, measure, write and compare. Returns what was written, and how far it moved, in words."""
+    from functools import partial
+
+    import torch
+
+    from accessory.backbone.gguf import load_gguf, single_file
+    from accessory.backbone.store import cast
+    from accessory.backbone.weights import from_tensors, read_folder
+    from accessory.data import tokenizer
+    from accessory.models.gate import hold, measure, text_rows
+
+    def read() -> tuple[LlamaConfig, dict[str, Tensor]]:
+        if layout == "gguf" and not args.overlay:
+            return load_gguf(single_file(args.src), dtype or torch.bfloat16)
+        return read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)  # type: ignore[arg-type]
+
+    config, tensors = read()
+    rows = [] if words is None else text_rows(tokenizer.load(words))
+    before = None if args.skip_gate else measure(from_tensors(config, tensors), rows)
+    held = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters"
+    if spec is not None:
+        del config, tensors  # or what is mapped of them would stay beside the quantised ones
+        return f"{held} as {args.quantize}", _quantize(args, layout, read, dtype, spec, before, rows)
+    _write(args, config, cast(tensors, dtype), words)
+    if before is None:
+        return held, SKIPPED
+    measured = partial(measure, rows=rows)
+    moved = hold(before, args.dst, "converting to", tolerance=args.tolerance, opened=_open, measured=measured)
+    return held, _moved(moved)
+
+
+def _moved(moved: float) -> str:
+    return f"moved by {moved:.2g} of their largest"
+
+
 def _quantize(
     args: argparse.Namespace,
-    config: LlamaConfig,
-    tensors: dict[str, Tensor],
+    layout: str,
+    read: Read,
+    dtype: torch.dtype | None,
     spec: Quantization,
     before: Measure | None,
-) -> float | None:
-    """Write quantised weights; ``tensors`` is emptied on the way. Returns how far the logits moved from the full ones.
+    rows: Sequence[Row],
+) -> str:
+    """Write quantised weights, read a layer at a time where the layout allows it; returns how far the prompts moved.
 
-    Two gates: what fewer bits cost is bounded by ``--tolerance``, or for its kind, before anything is written; what
-    was written has to give the logits of what was made.
+    Three gates: what fewer bits cost is bounded before anything is written; what was written has to give the logits of
+    what was made; and each of its weights has to be what its code explains.
     """
-    from accessory.backbone.quantized import save_quantized
-    from accessory.backbone.weights import quantized_from_tensors
-    from accessory.models.gate import QUANTISED, check, hold, measure
+    from functools import partial
 
-    model = quantized_from_tensors(config, tensors, spec)
-    moved, after = None, None
+    from accessory.backbone import quantized
+    from accessory.backbone.weights import quantized_from_tensors
+    from accessory.models.gate import check_codes, check_drift, hold, measure
+
+    source = quantized.open_folder(args.src, layout) if args.src.is_dir() and not args.overlay else None
+    if source is None:
+        model = quantized_from_tensors(*read(), spec, dtype=dtype)
+    else:
+        model = quantized.load(source, spec, dtype, "cpu")
+    said, after, bound = SKIPPED, None, _bound(args, spec)
     if before is not None:
-        after = measure(model)
-        limit = QUANTISED[spec.kind] if args.tolerance is None else args.tolerance
-        moved = check(before, after, f"quantising {args.src} as {args.quantize}", limit)
-    save_quantized(model, args.dst, max_shard_bytes=int(args.max_shard_gb * 1e9))
+        after = measure(model, rows)
+        said = f"moved by {check_drift(before, after, f'quantising {args.src} as {args.quantize}', bound)}"
+    quantized.save_quantized(model, args.dst, max_shard_bytes=int(args.max_shard_gb * 1e9))
+    del model
     if after is not None:
-        hold(after, args.dst, "writing", opened=_open)
-    return moved
+        readers = source.readers if source is not None else {k: partial(_itself, v) for k, v in read()[1].items()}
+
+        def inspect(written: Llama, _: Measure) -> None:
+            check_codes(written, lambda name: readers[f"{name}.weight"](), f"quantising {args.src}", bound)
+
+        hold(after, args.dst, "writing", opened=_open, measured=partial(measure, rows=rows), inspect=inspect)
+    return said
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _bound(args: argparse.Namespace, spec: Quantization) -> Bound:
+    """What a kind may cost; ``--tolerance`` says it in nats, and then nothing is asked of the likeliest tokens."""
+    from dataclasses import replace
+
+    from accessory.models.gate import QUANTISED
+
+    bound = QUANTISED[spec.kind]
+    return bound if args.tolerance is None else replace(bound, nats=args.tolerance, agreement=0.0)
 
 
 def _write(args: argparse.Namespace, config: LlamaConfig, tensors: dict[str, Tensor], tokenizer: Path | None) -> None:
@@ -198,14 +253,15 @@ def _check(args: argparse.Namespace) -> None:
 def _pictured(args: argparse.Namespace) -> int:
     """A model with its encoders, or with prefixes, which no plain language model has."""
     from accessory.backbone.hf import has_tokenizer
-    from accessory.models.reference_folder import convert_pictured
+    from accessory.models.reference_folder import convert_pictured, hold_pictured
 
     if args.dtype or args.source not in ("auto", "meta"):
         raise ValueError("--to model takes SRC as it is: no --dtype or --from")
     if args.tokenizer is not None and not has_tokenizer(args.tokenizer):
         raise ValueError(f"--tokenizer {args.tokenizer} holds no tokenizer")
+    folders = [args.src, *args.overlay]
     config = convert_pictured(
-        [args.src, *args.overlay],
+        folders,
         args.dst,
         kind=args.llama_type,
         activation=args.clip_activation,
@@ -214,10 +270,17 @@ def _pictured(args: argparse.Namespace) -> int:
         gate=args.prefix_gate,
         bgr=args.bgr,
     )
+    said = SKIPPED
+    if not args.skip_gate:
+        moved = hold_pictured(
+            folders, args.dst, kind=args.llama_type, pickles=True, gate=args.prefix_gate, tolerance=args.tolerance
+        )
+        said = "not compared, SRC has no tokenizer" if moved is None else _moved(moved)
     sees = "no tower" if config.tower is None else f"the tower {config.tower.preset}"
     print(f"{args.dst}: model folder with {sees}, template {config.template}")
     for name, digest in () if config.tower is None else config.tower.encoders.items():
         print(f"encoder {name}: {digest}")
+    print(f"logits of the fixed prompts: {said}")
     return 0
 
 
@@ -230,26 +293,28 @@ def _adapter(args: argparse.Namespace) -> int:
     return 0
 
 
-def _trained(args: argparse.Namespace) -> int:
+def _trained(args: argparse.Namespace, spec: Quantization | None) -> int:
     import torch
 
-    from accessory.models.export import export
+    from accessory.models.export import export, hold_export
 
     if args.target == "reference":
         return _adapter(args)
     target = f"to {args.target}"
-    said = (
-        (target, args.target != "accessory"),
-        ("tensor-parallel", args.tensor_parallel),
-        ("overlay", args.overlay),
-        ("quantize", args.quantize),
-    )
+    said = ((target, args.target != "accessory"), ("tensor-parallel", args.tensor_parallel), ("overlay", args.overlay))
     if other := [f"--{n}" for n, v in said if v]:
         raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
-    made = export(args.src, args.dst, getattr(torch, args.dtype) if args.dtype else None, args.base)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    made = export(args.src, args.dst, dtype, args.base, spec)
+    moved = SKIPPED
+    if not args.skip_gate:
+        bound = None if spec is None else _bound(args, spec)
+        found = hold_export(args.src, args.dst, dtype, args.tolerance, bound)
+        moved = _moved(found) if isinstance(found, float) else f"moved by {found}"
     count, size = (sum(f(t) for t in made.tensors.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
     kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in made.tensors.values()}))
     print(f"{args.dst}: {made.kind}, {len(made.tensors)} tensors, {count:,} numbers in {size / 1e6:.1f} MB ({kinds})")
+    print(f"fixed prompts: {moved}" + ("" if spec is None else f"; the backbone is quantised as {spec.kind} when read"))
     for name in made.outside:
         print(f"it names {name}, which is not among the shipped models and has to go with it", file=sys.stderr)
     return 0

@@ -43,6 +43,7 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )  # fmt: skip
     p.add_argument("--batch", type=int, default=4, metavar="N", help="pictures made at once (default: 4)")
     p.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: cuda where there is one)")
+    p.add_argument("--quantize", metavar="KIND", help="keep the language model that reads prompts in int8, int4 or nf4")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--cache", type=Path, help="asset cache")
     p.set_defaults(main=main)
@@ -98,7 +99,8 @@ def main(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from accessory.models.generator import digest, find_generator, for_inference, load_generator
+    from accessory.cli.chat import quantization
+    from accessory.models.generator import digest, find_generator, for_inference, load_generator, shrink
     from accessory.parallel.groups import choose_device
 
     for name in ("count", "batch", "steps", "threads"):
@@ -113,7 +115,11 @@ def main(args: argparse.Namespace) -> int:
         pass  # a folder that cannot be written to is found out before a model is loaded and a picture made
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = for_inference(load_generator(folder, cache=args.cache), device)
+    bits, model = quantization(args), load_generator(folder, cache=args.cache)
+    if bits is not None:
+        shrink(model, bits)
+        print(f"{args.quantize}: the language model; bridge, denoiser and codec stay as they are", file=sys.stderr)
+    model = for_inference(model, device)
     size = _size(args, model.size, model.grain)
     model.check_size(size)
     settings = adjusted(model.settings, args)
@@ -129,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
 
     about = {
         "negative": args.negative, "width": size[0], "height": size[1], "settings": plain(settings),
-        "model": digest(folder),
+        "model": digest(folder), **({} if bits is None else {"quantize": args.quantize}),
     }  # fmt: skip
     out = Output(args.out, about, {"steps": settings.steps, "guidance": settings.scale}, args.skip_existing)
     todo = [job for job in jobs if out.wants(job)]

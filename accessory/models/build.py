@@ -303,10 +303,15 @@ def shrink(model: Model, quantization: Quantization) -> Model:
     Raises:
         ValueError: when it is quantised already, or the sizes do not fit.
     """
-    if found(model.net) is None and any(spec.kind in ("lora", "scale") for spec in attached(model.net)):
-        merge(model.net)
-    quantize(model.net, quantization)
+    shrink_net(model.net, quantization)
     return model
+
+
+def shrink_net(net: nn.Module, quantization: Quantization) -> None:
+    """As :func:`shrink`, the backbone inside of any network."""
+    if found(net) is None and any(spec.kind in ("lora", "scale") for spec in attached(net)):
+        merge(net)
+    quantize(net, quantization)
 
 
 def exported(net: nn.Module) -> dict[str, Tensor]:

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from accessory import config as configuration
 from accessory.backbone.store import atomic_folder, narrowed, read_file, write_file
 from accessory.models import build
-from accessory.models.build import ASSET, CONFIG_FILE, WEIGHTS_FILE, ModelConfig, base_folder, beside, find
+from accessory.models.build import ASSET, CONFIG_FILE, WEIGHTS_FILE, Model, ModelConfig, base_folder, beside, find
+from accessory.models.conditioner import DreamConditioner, LabelConditioner, Prompt
+from accessory.models.gate import (
+    ABOUT_PICTURES,
+    PROMPTS,
+    TOLERANCE,
+    Bound,
+    Drift,
+    Measure,
+    check_codes,
+    check_drift,
+    drawings,
+    hold,
+    measure,
+    tolerance_of,
+)
+from accessory.models.generator import load_generator
 from accessory.models.generator_config import GeneratorConfig
+from accessory.models.generator_net import Generator
+from accessory.peft.attach import find_backbone
+from accessory.peft.quantize import Quantization
+from accessory.schema import Picture, Turn
 
 # Fields of configurations that name a folder or a file.
 _NAMES = ("base", "source", "model", "tokenizer", "weights")
@@ -32,17 +53,33 @@ class Exported:
     outside: tuple[str, ...]
 
 
-def export(source: Path, target: Path, dtype: torch.dtype | None = None, base: str | None = None) -> Exported:
+def export(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+    quantization: Quantization | None = None,
+) -> Exported:
     """Write a copy of a model or generator folder; shipped models are named in it as every checkout has them.
 
     Args:
         dtype: of the tensors that it can hold (:func:`accessory.backbone.store.narrowed`); None leaves them.
         base: takes the place of the base in the configuration: the same weights in another precision.
+        quantization: written into a model's configuration: its backbone is quantised whenever it is read.
 
     Raises:
         ValueError: when ``source`` is no such folder, ``target`` holds something, or ``base`` is not the same.
     """
     tree = _tree(source)
+    if quantization is not None:
+        if tree.get("kind") == "generator":
+            raise ValueError(
+                f"--quantize {quantization.kind}: {source} is a generator; generate --quantize keeps the language "
+                "model that reads its prompts in fewer bits"
+            )
+        if tree.get("quantization") is not None:
+            raise ValueError(f"--quantize {quantization.kind}: {source} is quantised already")
+        tree["quantization"] = quantization.as_dict()
     state = read_file(source / WEIGHTS_FILE)
     if base is not None:
         if tree.get("base") is None:
@@ -65,6 +102,67 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, base: s
         write_file(state, private / WEIGHTS_FILE)
         (private / CONFIG_FILE).write_text(configuration.dump(tree), encoding="utf-8")
     return Exported(str(tree.get("kind", "model")), state, tuple(dict.fromkeys(outside)))
+
+
+def hold_export(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    tolerance: float | None = None,
+    bound: Bound | None = None,
+) -> float | Drift:
+    """Compare what was exported with what it was made of, by fixed prompts with pictures, and remove it where it is not
+    the same; returns how far it moved. ``bound`` of a quantised model; otherwise as :func:`accessory.models.gate.hold`.
+
+    Raises:
+        GateError: when it moved too far.
+    """
+    if build.is_generator(source):
+        before = drawn(load_generator(source))
+        limit = _limit(before, dtype, tolerance)
+        return hold(before, target, "exporting to", tolerance=limit, opened=load_generator, measured=drawn)
+    model = build.load(source)
+    before = measure(model)
+    if bound is None:
+        del model
+        return hold(before, target, "exporting to", tolerance=_limit(before, dtype, tolerance))
+    found, backbone = [], find_backbone(model.net)
+
+    def inspect(quantised: Model, after: Measure) -> None:
+        found.append(check_drift(before, after, f"quantising {source}", bound))
+        check_codes(
+            quantised, lambda n: backbone.get_submodule(n).get_parameter("weight"), f"quantising {source}", bound
+        )
+
+    hold(before, target, "exporting to", tolerance=float("inf"), inspect=inspect)
+    return found[0]
+
+
+def _limit(before: Measure, dtype: torch.dtype | None, tolerance: float | None) -> float:
+    """What rounding to ``dtype`` explains, too."""
+    if tolerance is not None:
+        return tolerance
+    return max(tolerance_of(before), 0.0 if dtype is None else TOLERANCE[dtype])
+
+
+def drawn(generator: Generator) -> Measure:
+    """As :func:`accessory.models.gate.measure`, of a generator: the conditions (L, C) of fixed prompts, one of them
+    with a picture where it sees, and what it draws of them in few steps, rows of pixels (H * W, 3)."""
+    read = generator.conditioner
+    prompts: list[Prompt] = ["0"] if isinstance(read, LabelConditioner) else list(PROMPTS[1:3])
+    if isinstance(read, DreamConditioner) and read.dream.net.tower is not None:
+        prompts.append((Turn("user", (Picture(drawings()[0]), ABOUT_PICTURES[0])),))
+    grid = generator.settings.grid
+    settings = replace(generator.settings, grid=replace(grid, points=min(grid.points, 3)))
+    found = []
+    with torch.no_grad():
+        for i, prompt in enumerate(prompts):
+            seq = generator.condition([prompt]).seq
+            found += [] if seq is None else [seq[0].float().cpu()]
+            picture = np.asarray(generator.generate([prompt], seeds=[i], settings=settings)[0])
+            found.append(torch.from_numpy(picture / 255.0).float().flatten(0, 1))
+    dtype = next(generator.denoiser.parameters()).dtype
+    return Measure(tuple(found), dtype if dtype in TOLERANCE else torch.float32)
 
 
 def _tree(folder: Path) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 ``measure`` a model before, do what is to be done, then :func:`hold` what came out. Whatever reshards, exports, merges,
 quantises or mixes weights goes through here, and what fails is removed.
+
+Fewer bits give other logits, so there the distributions are compared (:func:`drift`), and as a single damaged scale
+hides in that, every weight with what its code stands for (:func:`check_codes`).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageDraw
@@ -18,18 +21,36 @@ from torch import Tensor, nn
 
 from accessory.backbone.llama import Llama
 from accessory.backbone.weights import load_backbone
+from accessory.data.tokenizer import Tokenizer
 from accessory.models import build
 from accessory.models.build import Model
 from accessory.models.mllm import MLLM
 from accessory.nn.linear import Linear
 from accessory.peft.attach import attached, find_backbone, merge, slotted
+from accessory.peft.quantize import code_error, kernels
 from accessory.schema import Picture, Turn
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference of a logit, relative to the largest logit, that rounding in a type of number explains."""
-QUANTISED = {"int8": 0.15, "int4": 0.8, "nf4": 0.8}
-"""The same, between full weights and those that are kept in fewer bits; a 135M-parameter model moved by 0.06, 0.40 and
-0.52, tiny random ones by 0.02, 0.09 and 0.16."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What fewer bits may cost: ``nats`` a position at most, the likeliest token has to stay at a share ``agreement``
+    of them, and no weight may be off by more than ``code`` of the largest that shares its scale."""
+
+    nats: float
+    agreement: float
+    code: float
+
+
+QUANTISED = {
+    "int8": Bound(0.1, 0.85, 0.02),
+    "int4": Bound(0.8, 0.6, 0.4),
+    "nf4": Bound(0.8, 0.6, 0.4),
+}
+"""Between full weights and those that are kept in fewer bits; README has what a 135M-parameter model measures, good and
+spoilt. Larger models move less."""
 PROMPTS = (
     "Hi",
     "The lighthouse keeper counted nine ships before the fog arrived.",
@@ -39,6 +60,8 @@ PROMPTS = (
 ABOUT_PICTURES = ("What is in the picture?", "Where is the red square?")
 LENGTHS = (1, 7, 24)  # of the prompts of a model without a tokenizer
 Net = Llama | MLLM | Model
+Row = tuple[Tensor, Tensor | None]
+"""Ids (T) of a prompt, and the tiles (N, 3, S, S) that its placeholders stand for."""
 _T = TypeVar("_T")
 
 
@@ -48,10 +71,24 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class Measure:
-    """Logits (T_i, V) in fp32 of the fixed prompts, on the CPU, and the type of number that they were computed in."""
+    """Logits (T_i, V) in fp32 of the fixed prompts, on the CPU, the type of number that they were computed in, and
+    which positions (T_i) are words and not placeholders (none given: all)."""
 
     logits: tuple[Tensor, ...]
     dtype: torch.dtype
+    words: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far distributions moved: mean nats a position (Kullback-Leibler, from before to after), and the share of
+    positions whose likeliest token stayed. Over words, not over placeholders of pictures."""
+
+    nats: float
+    agreement: float
+
+    def __str__(self) -> str:
+        return f"{self.nats:.4f} nats a position, and {self.agreement:.1%} of the likeliest tokens stayed"
 
 
 def drawings() -> list[Image.Image]:
@@ -67,15 +104,18 @@ def drawings() -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def measure(model: Net) -> Measure:
-    """Logits of the fixed prompts: texts, and pictures where the model sees; ids where it has no tokenizer."""
+def measure(model: Net, rows: Sequence[Row] = ()) -> Measure:
+    """Logits of the fixed prompts: texts, and pictures where the model sees; ids where it has no tokenizer.
+
+    ``rows`` in their place, for a network that has none of its own (:func:`prompt_rows`, :func:`text_rows`).
+    """
     net = model.net if isinstance(model, Model) else model
     training = net.training
     net.eval()
     backbone = net if isinstance(net, Llama) else net.backbone
     device, dtype = backbone.like.device, backbone.like.dtype
-    out = []
-    for ids, tiles in _rows(model, backbone.config.vocab_size):
+    out, asked = [], rows or prompt_rows(model)
+    for ids, tiles in asked:
         ids = ids.to(device)[None]
         if isinstance(net, Llama):
             h = net(net.embed(ids))
@@ -83,12 +123,20 @@ def measure(model: Net) -> Measure:
             h = net(ids, tiles.to(device) if tiles is not None and len(tiles) else None)
         out.append(net.logits(h)[0].float().cpu())
     net.train(training)
-    return Measure(tuple(out), dtype if dtype in TOLERANCE else torch.float32)
+    words = tuple(ids >= 0 for ids, _ in asked)
+    return Measure(tuple(out), dtype if dtype in TOLERANCE else torch.float32, words)
 
 
-def _rows(model: Net, vocab: int) -> list[tuple[Tensor, Tensor | None]]:
+def text_rows(tokenizer: Tokenizer) -> list[Row]:
+    """The fixed texts, for a language model alone."""
+    return [(torch.tensor(tokenizer.encode(text, bos=tokenizer.bos_id is not None)), None) for text in PROMPTS]
+
+
+def prompt_rows(model: Net) -> list[Row]:
+    """The fixed prompts as a model reads them."""
     if not isinstance(model, Model):
         # Spread over the vocabulary, alike for every model of its size.
+        vocab = (model if isinstance(model, Llama) else model.backbone).config.vocab_size
         return [((torch.arange(n) * 7919 + 13 * n) % vocab, None) for n in LENGTHS]
     turns = [(Turn("user", (text,)),) for text in PROMPTS]
     if model.net.tower is not None:
@@ -130,6 +178,58 @@ def check(before: Measure, after: Measure, what: str, tolerance: float | None = 
     return moved
 
 
+def drift(before: Measure, after: Measure) -> Drift:
+    """How far the distributions of the fixed prompts moved; infinitely where shapes differ or a logit is no finite
+    number."""
+    if [t.shape for t in before.logits] != [t.shape for t in after.logits]:
+        return Drift(float("inf"), 0.0)
+    nats, stayed, count = 0.0, 0, 0
+    for i, (a, b) in enumerate(zip(before.logits, after.logits, strict=True)):
+        if before.words:
+            a, b = a[before.words[i]], b[before.words[i]]
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        nats += float((p.exp() * (p - q)).sum(-1).double().sum())
+        stayed += int((a.argmax(-1) == b.argmax(-1)).sum())
+        count += len(a)
+    return Drift(nats / count if nats == nats else float("inf"), stayed / count)
+
+
+def check_drift(before: Measure, after: Measure, what: str, bound: Bound) -> Drift:
+    """The drift of two measures, when it is within ``bound``.
+
+    Raises:
+        GateError: when it is not; ``what`` was done is named.
+    """
+    moved = drift(before, after)
+    if not (moved.nats <= bound.nats and moved.agreement >= bound.agreement):
+        raise GateError(
+            f"{what}: the fixed prompts moved by {moved}; the limit is {bound.nats:g} nats, and {bound.agreement:.0%} "
+            "have to stay"
+        )
+    return moved
+
+
+def check_codes(model: Net, weight: Callable[[str], Tensor], what: str, bound: Bound) -> float:
+    """The largest error of a code in a quantised ``model``, when it is within ``bound``: what
+    :func:`accessory.peft.quantize.code_error` says of every layer and the full weight that it was made of, which
+    ``weight`` gives by the layer's name in the backbone, one at a time.
+
+    Raises:
+        GateError: when it is not; the layer is named.
+    """
+    worst = 0.0
+    for name, kernel in kernels(model.net if isinstance(model, Model) else model):
+        error = code_error(kernel, weight(name))
+        limit = QUANTISED[kernel.kind].code if kernel.kind == "int8" else bound.code  # a table is int8 in any kind
+        if not error <= limit:
+            raise GateError(
+                f"{what}: in {name} a weight is off by {error:.2g} of the largest that shares its scale, "
+                f"{kernel.kind} explains {limit:g}"
+            )
+        worst = max(worst, error)
+    return worst
+
+
 def open_model(folder: Path) -> Net:
     """The model of a folder: a model folder with its tower and tokenizer, or a backbone in any layout."""
     folder = Path(folder)
@@ -142,17 +242,24 @@ def hold(
     what: str,
     *,
     tolerance: float | None = None,
-    opened: Callable[[Path], Net] = open_model,
+    opened: Callable[[Path], Any] = open_model,
+    measured: Callable[[Any], Measure] = measure,
+    inspect: Callable[[Any, Measure], None] | None = None,
 ) -> float:
     """Open what was made, compare it with ``before``, and **remove it** when it is not the same model.
 
-    Returns the difference. ``opened`` reads the new folder.
+    Returns the difference. ``opened`` reads the new folder, ``measured`` measures what that gives, ``inspect`` may
+    refuse both by a :class:`GateError`.
 
     Raises:
         GateError: when the logits moved too far, or what was made cannot even be opened.
     """
     try:
-        return check(before, measure(opened(made)), f"{what} {made}", tolerance)
+        model = opened(made)
+        after = measured(model)
+        if inspect is not None:
+            inspect(model, after)
+        return check(before, after, f"{what} {made}", tolerance)
     except GateError as error:
         remove(made)
         raise GateError(f"{error}; {made} was removed") from None

@@ -29,7 +29,7 @@ from accessory.diffusion.unet import DiffusersDenoiser
 from accessory.models import build
 from accessory.models.build import CONFIG_FILE, DTYPES, WEIGHTS_FILE, base_folder, find
 from accessory.models.build import is_generator as is_generator
-from accessory.models.conditioner import TextConditioner, build_conditioner
+from accessory.models.conditioner import DreamConditioner, TextConditioner, build_conditioner
 from accessory.models.generator_config import (
     AutoencoderSource,
     CodecConfig,
@@ -40,6 +40,7 @@ from accessory.models.generator_config import (
 )
 from accessory.models.generator_config import GeneratorConfig as GeneratorConfig
 from accessory.models.generator_net import Generator as Generator
+from accessory.peft.quantize import Quantization
 
 _log = log.get(__name__)
 
@@ -218,6 +219,23 @@ def for_inference(generator: Generator, device: torch.device | str = "cpu") -> G
     generator = generator.to(device).eval()
     if torch.device(device).type == "cpu" and isinstance(generator.denoiser, FlagDiT):
         accelerate(generator.denoiser)
+    return generator
+
+
+def shrink(generator: Generator, quantization: Quantization) -> Generator:
+    """Quantise the language model that reads the prompts, in place, for inference: its LoRA is folded in first. What
+    stands on it stays as it is: the bridge with its queries and heads, the denoiser and the codec.
+
+    Raises:
+        ValueError: when no language model reads the prompts, when it is quantised already, or the sizes do not fit.
+    """
+    conditioner = generator.conditioner
+    if isinstance(conditioner, DreamConditioner):
+        build.shrink_net(conditioner.dream.net, quantization)
+    elif isinstance(conditioner, TextConditioner):
+        build.shrink_net(conditioner.encoder, quantization)
+    else:
+        raise ValueError(f"--quantize {quantization.kind}: this generator reads class numbers with no language model")
     return generator
 
 

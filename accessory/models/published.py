@@ -114,6 +114,15 @@ LLAMA_TYPES: dict[str, LlamaType] = {
 }  # fmt: skip
 """By the name that a checkpoint's ``meta.json`` holds. Every one is the same model with other slots filled."""
 
+_LIGHT_1K = replace(LLAMA_TYPES["llama_ens5_light"], tower="sphinx-plus", image_size=448, released=())
+SPHINX_X: dict[str, LlamaType] = {
+    "SPHINX-Intern2": replace(_LIGHT_1K, size="internlm2-7b"),
+    "SPHINX-Plus": replace(_LIGHT_1K, size="llama2-13b"),
+    "SPHINX-Plus-2K": replace(_LIGHT_1K, size="llama2-13b", tower="sphinx-plus-2k", image_size=672, positions=2590),
+}
+"""Of SPHINX-X (Liu et al. 2024), without published code or weights: sizes as its paper says, and joined to the language
+model as the light types are."""
+
 
 def _release(adapter: Adapter, *files: str, size: str = "llama-7b", tower: str | None = None) -> LlamaType:
     text = "llama_peft" if adapter.scaled else "llama_adapter"

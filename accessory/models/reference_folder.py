@@ -17,6 +17,7 @@ from accessory.backbone.keys import expected_shapes
 from accessory.backbone.reference_folders import CONFIG, META, laid_over, llama_type
 from accessory.backbone.weights import save_accessory
 from accessory.data.tiling import TilingConfig
+from accessory.models import build
 from accessory.models.adapter_release import is_release, read_release
 from accessory.models.build import (
     WEIGHTS_FILE,
@@ -28,10 +29,12 @@ from accessory.models.build import (
     write_config,
 )
 from accessory.models.encoder_store import keep_encoder
+from accessory.models.gate import GateError, check, measure, prompt_rows, remove
 from accessory.models.published import find_type
-from accessory.models.reference import SKIP, Published, fill_resampler, read_published
+from accessory.models.reference import SKIP, Published, assemble, fill_resampler, read_published
 from accessory.peft.attach import PrefixSpec, TrainSpec, TuningSpec
 from accessory.peft.prefix import Gate
+from accessory.vision import presets
 from accessory.vision.presets import Activation
 
 
@@ -60,6 +63,16 @@ def read_pictured(folders: Sequence[Path], kind: str | None = None, *, pickles: 
     return published
 
 
+def _read(folders: Sequence[Path], kind: str | None, gate: Gate | None, pickles: bool) -> Published:
+    """What either reader makes of ``folders``."""
+    folders = [Path(f) for f in folders]
+    if is_release(folders, kind):
+        return read_release(folders[0], folders[1:], kind, gate=gate, pickles=pickles)
+    if gate is not None:
+        raise ValueError(f"gate {gate} is for releases of LLaMA-Adapter, not for {kind or 'folders with a meta.json'}")
+    return read_pictured(folders, kind, pickles=pickles)
+
+
 def convert_pictured(
     folders: Sequence[Path],
     out: Path,
@@ -81,13 +94,7 @@ def convert_pictured(
     first of ``folders`` may lie files of LLaMA-Adapter, for which ``gate`` is. Raises as :func:`read_pictured` and
     :func:`accessory.models.adapter_release.read_release`.
     """
-    folders = [Path(f) for f in folders]
-    if is_release(folders, kind):
-        published = read_release(folders[0], folders[1:], kind, gate=gate, pickles=pickles)
-    elif gate is not None:
-        raise ValueError(f"gate {gate} is for releases of LLaMA-Adapter, not for {kind or 'folders with a meta.json'}")
-    else:
-        published = read_pictured(folders, kind, pickles=pickles)
+    published = _read(folders, kind, gate, pickles)
     plain = set(expected_shapes(published.llama))
     base = {k: v for k, v in published.backbone.items() if k in plain}
     encoders = {name: keep_encoder(state, cache) for name, state in published.encoders.items()}
@@ -101,6 +108,36 @@ def convert_pictured(
         save_file(trained(published), private / WEIGHTS_FILE)
         write_config(private, config)
     return config
+
+
+def hold_pictured(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    kind: str | None = None,
+    cache: Path | None = None,
+    pickles: bool = False,
+    gate: Gate | None = None,
+    tolerance: float | None = None,
+) -> float | None:
+    """Compare the model folder ``out`` with the network of the published tensors themselves, by fixed prompts with
+    pictures, and remove it where they differ; returns how far. None where no tokenizer lies with them.
+
+    Raises:
+        GateError: when the logits moved too far.
+    """
+    if not has_tokenizer(Path(out) / "backbone"):
+        return None
+    model = build.load(out, cache=cache)
+    rows, after, tower = prompt_rows(model), measure(model), model.config.tower
+    del model  # or both would be in memory
+    seen = None if tower is None else presets.build(tower.preset, tower.activation, tower.bgr)
+    net = assemble(_read(folders, kind, gate, pickles), seen)
+    try:
+        return check(measure(net, rows), after, f"converting to {out}", tolerance)
+    except GateError:
+        remove(out)
+        raise
 
 
 def trained(published: Published) -> dict[str, Tensor]:

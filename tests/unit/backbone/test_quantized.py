@@ -8,23 +8,25 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accessory.__main__ import main
-from accessory.backbone import hf, weights
+from accessory.backbone import hf, quantized, weights
 from accessory.backbone.compiled import CompiledStep
 from accessory.backbone.fast import accelerate
 from accessory.backbone.generate import Sampling, generate
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.quantized import save_quantized
-from accessory.models.gate import QUANTISED, check, measure
+from accessory.models.gate import QUANTISED, GateError, check, check_codes, check_drift, drift, measure
 from accessory.nn.moe import MoEConfig, lay_out_experts
 from accessory.peft.attach import LoraSpec, attach
 from accessory.peft.quantize import Quantization, found, num_bytes, quantize
+from benchmarks.quantize import SPOILS, good, swapped, transposed, zeroed
 from tests.tiny_backbone import write_gguf
 
 CONFIG = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=96, tie_embeddings=True)
@@ -120,11 +122,56 @@ def test_the_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["convert", source, str(tmp_path / "hf"), "--to", "hf", "--quantize", "int8"]) == 2
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_the_gate_sees_a_spoilt_tensor(spec: Quantization, spoil: Callable[[nn.Module], None]) -> None:
+    full, model = made(), made()
+    before, bound = measure(full), QUANTISED[spec.kind]
+    quantize(model, spec)
+    spoil(model)
+    after = measure(model)
+
+    def weight(name: str) -> Tensor:
+        return full.get_submodule(name).get_parameter("weight")
+
+    if spoil is good:
+        assert 0 < check_drift(before, after, "quantising", bound).nats < bound.nats / 2
+        assert 0 < check_codes(model, weight, "quantising", bound) < bound.code
+        return
+    with pytest.raises(GateError, match=r"quantising: in layers\.\d\.\S+ a weight is off by"):
+        check_codes(model, weight, "quantising", bound)
+    if spoil is zeroed:  # the prompts alone may not notice it, and for that the codes are looked at
+        assert drift(before, after).nats > 0
+    assert {swapped, transposed, zeroed} == set(SPOILS) - {good}
+
+
+@pytest.mark.parametrize("spoil", [swapped, zeroed, transposed])
+def test_a_spoilt_file_is_refused(
+    tmp_path: Path,
+    spoil: Callable[[nn.Module], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights.save_accessory(CONFIG, made().state_dict(), tmp_path / "full")
+    real = quantized.save_quantized
+
+    def broken(model: Llama, folder: Path, **options: int) -> None:
+        spoil(model)
+        real(model, folder, **options)
+
+    monkeypatch.setattr(quantized, "save_quantized", broken)
+    convert = ["convert", str(tmp_path / "full"), str(tmp_path / "q"), "--quantize", "int8"]
+    assert main(convert) == 2
+    assert "was removed" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+    assert main([*convert, "--skip-gate"]) == 0  # and it is the gate that refuses
+
+
 def test_the_gate_of_the_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights.save_accessory(CONFIG, made().state_dict(), tmp_path / "full")
     convert = ["convert", str(tmp_path / "full"), str(tmp_path / "q"), "--quantize", "int4,group=32"]
     assert main([*convert, "--tolerance", "1e-6"]) == 2
-    assert "the limit is 1e-06" in capsys.readouterr().err
+    assert "the limit is 1e-06 nats" in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
     assert main([*convert, "--tolerance", "1e-6", "--skip-gate"]) == 0
     assert "not compared" in capsys.readouterr().out
@@ -148,7 +195,7 @@ def test_other_families(tmp_path: Path, family: str, spec: Quantization) -> None
     before = measure(full)
     quantize(full, spec)
     assert equal(loaded.state_dict(), full.state_dict())
-    assert check(before, measure(loaded), "quantising", QUANTISED[spec.kind]) > 0
+    assert check_drift(before, measure(loaded), "quantising", QUANTISED[spec.kind]).nats > 0
     check(measure(loaded), measure(accelerate(full)), "accelerating")
     save_quantized(loaded, tmp_path / "saved")
     assert equal(weights.load_backbone(tmp_path / "saved").state_dict(), loaded.state_dict())
@@ -166,21 +213,26 @@ def test_the_tensors_of_any_layout_are_quantised_without_a_stated_dtype(tmp_path
     assert equal(loaded.state_dict(), quantize(full, Quantization("int8", embeddings=True)).state_dict())
 
 
-# Loads a model, feeds a prompt, and says how much the process grew at its peak.
+# Loads and measures a model, or converts it, and says how much the process grew at its peak.
 CHILD = """
 import sys, torch
 from pathlib import Path
 from accessory.backbone.weights import load_backbone
+from accessory.models.gate import measure
 from accessory.peft.quantize import Quantization, quantize
 def status(name):
     return int(next(x for x in open("/proc/self/status") if x.startswith(name + ":")).split()[1])
 torch.set_num_threads(1)
-quantize(load_backbone(Path(sys.argv[2])), Quantization("int4"))  # what libraries take at their first use
+measure(quantize(load_backbone(Path(sys.argv[2])), Quantization("int4")))  # what libraries take at their first use
+if sys.argv[3] == "convert":
+    from accessory.__main__ import main
+    main(["convert", sys.argv[2], sys.argv[4] + "-small", "--quantize", "int4"])
+    before = status("VmRSS")
+    assert main(["convert", sys.argv[1], *sys.argv[4:]]) == 0
+    sys.exit(print(status("VmHWM") - before))
 before = status("VmRSS")
 spec = None if sys.argv[3] == "bf16" else Quantization.parse(sys.argv[3])
-model = load_backbone(Path(sys.argv[1]), quantization=spec)
-for p in model.parameters():
-    p.sum()  # mapped weights count when they are read
+measure(load_backbone(Path(sys.argv[1]), quantization=spec))  # mapped weights count when they are read
 print(status("VmHWM") - before)
 """
 
@@ -198,8 +250,19 @@ def test_loading_quantised_never_holds_more_than_full_weights(tmp_path: Path) ->
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
         peaks[kind] = int(done.stdout) * 1024
     full = num_bytes(model)
-    assert 0.9 * full < peaks["bf16"] < 1.3 * full
+    assert 0.9 * full < peaks["bf16"] < 1.4 * full  # with what a product of the largest matrix takes beside it
     assert peaks["int4"] < 0.75 * peaks["bf16"], peaks
+    for name, options in {"gated": [], "alone": ["--skip-gate"]}.items():
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "big"), str(tmp_path / "small"), "convert"]
+        command += [str(tmp_path / name), "--quantize", "int4", *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        peaks[name] = int(done.stdout.split()[-1]) * 1024
+    written = (tmp_path / "gated" / "model.safetensors").stat().st_size
+    print({name: round(peak / full, 2) for name, peak in peaks.items()}, round(written / full, 2))
+    # Never both: asking the full model takes most, and it is let go before the first weight is quantised.
+    assert peaks["gated"] < peaks["bf16"] + 0.4 * written, peaks
+    # Without the gate they are never all there: what is written, twice while it is laid out, and a layer.
+    assert peaks["alone"] < 2.3 * written + 4 * 1024 * 3072, peaks
 
 
 @pytest.mark.skipif(compiler is None, reason="no C++ compiler on this machine")

@@ -13,6 +13,9 @@ from accessory.data.tiling import TilingConfig
 from accessory.models.build import Model, ProjectorConfig, ResamplerConfig
 from accessory.peft.attach import BiasSpec, LoraSpec, NormSpec, PrefixSpec, TrainSpec, TuningSpec
 from accessory.schema import Batch, Picture, Sample, Turn
+from accessory.vision.mixture import Member, MixtureConfig
+from accessory.vision.tower import CLIP_MEAN, CLIP_STD
+from accessory.vision.towers import TowerConfig
 from tests.tiny import disturb, tiny_model
 
 TILING = TilingConfig(size=64, grid="aspect", max_grid=2)
@@ -29,6 +32,29 @@ FORMS: dict[str, tuple[TuningSpec, ...]] = {
     "with a projector": (PrefixSpec(length=3, init_std=0.1),),
 }
 """What hangs on the two blocks of a model that sees through its prefixes."""
+_VIT = {"patch_size": 14, "hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6}
+_CLIP = {"embed_dim": 384, "vision_cfg": {"layers": 3, "width": 384, "head_width": 64, "patch_size": 14}}
+_CONVNEXT = {
+    "model_args": {"depths": (1, 1, 2, 1), "dims": (48, 96, 192, 384)}, "mean": CLIP_MEAN, "std": CLIP_STD,
+    "grid": (16, 16),
+}  # fmt: skip
+_QFORMER = {
+    "config": {**_VIT, "intermediate_size": 1536},
+    "qformer": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 768},
+    "num_queries": 8,
+    "group": "qformer",
+}
+SMALL_SPHINX = MixtureConfig(
+    448,
+    (
+        Member("clip", TowerConfig("open_clip", "small", 224, {"config": _CLIP})),
+        Member("openclip_convnext_xxl", TowerConfig("timm", "convnext_atto", 256, _CONVNEXT), "nearest"),
+        Member("dinov2_vitg14", TowerConfig("transformers", "dinov2", 224, {"config": _VIT})),
+    ),
+    (Member("qformer", TowerConfig("transformers", "qformer", 224, _QFORMER)),),
+    tiles=2,
+)
+"""SPHINX-1k's four encoders over five views, small enough to be measured in a second."""
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Picture:

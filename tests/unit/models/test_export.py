@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from accessory import config as configuration
 from accessory.__main__ import main
-from accessory.backbone.store import narrowed
+from accessory.backbone.store import narrowed, write_file
 from accessory.models import build
+from accessory.models import export as exporting
 from accessory.models.build import ModelConfig
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.export import export
@@ -147,6 +148,23 @@ def test_a_trained_folder_is_handed_on(top: Path, capsys: pytest.CaptureFixture[
     assert main(["convert", str(top / BRIDGE), str(top / "copy")]) == 0
     assert f"it names {BASE}, which is not among the shipped models" in capsys.readouterr().err
     assert far(top / BRIDGE, top / "copy") == 0
+
+
+@pytest.mark.parametrize("folder", ["weights/tiny", BASE, BRIDGE])
+def test_what_moved_on_the_way_is_not_kept(
+    top: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models by their logits, generators by conditions and pictures; a bridge that reads a picture too."""
+    convert = ["convert", str(top / folder), str(top / "copy")]
+    assert main(convert) == 0
+    assert "fixed prompts: moved by 0 of their largest" in capsys.readouterr().out
+    shutil.rmtree(top / "copy")
+    monkeypatch.setattr(exporting, "write_file", lambda s, p: write_file({k: v * 1.5 for k, v in s.items()}, p))
+    assert main(convert) == 2
+    assert "was removed" in capsys.readouterr().err
+    assert not (top / "copy").exists()
+    assert main([*convert, "--skip-gate"]) == 0
+    assert "not compared (--skip-gate)" in capsys.readouterr().out
 
 
 def test_what_cannot_be_handed_on(top: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,18 +12,23 @@ import yaml
 
 from accessory.__main__ import main
 from accessory.backbone.weights import save_accessory
-from accessory.models import build
+from accessory.models import build, generator
 from accessory.models.build import BackboneConfig, Model, ModelConfig
+from accessory.models.conditioner import DreamConditioner, TextConditioner
+from accessory.models.generator_config import FlagDiTSource, LabelSource
 from accessory.peft.attach import LoraSpec, PrefixSpec, TrainSpec, attached, merge, trainable_state
-from accessory.peft.quantize import Quantization, found, num_bytes, quantize
+from accessory.peft.quantize import Quantization, found, kernels, num_bytes, quantize
 from accessory.train.objective import DialogueObjective, ObjectiveConfig
+from benchmarks.quantize import swapped
 from tests.tiny import disturb, tiny_model, tiny_model_dir, tiny_tokenizer
+from tests.tiny_generator import DIT, shake, tiny_generator, tiny_generator_config, tiny_generator_dir
 from tests.unit.evaluate.asked import stand_in
 from tests.unit.models.pictured import TILING, batch, mixed
 
 NF4 = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 SPECS = [Quantization("int8", embeddings=True), pytest.param(Quantization("nf4"), marks=NF4)]
 LORA = (LoraSpec(rank=2), TrainSpec(("projector.*", "tower.*")))
+LABELLED = FlagDiTSource(replace(DIT, text_dim=None, num_classes=3))
 
 
 @pytest.fixture
@@ -130,3 +135,99 @@ def test_the_option_of_chat_and_evaluate(
     for wrong, said in (("int3", "not one of int8, int4, nf4"), ("int4", "32 inputs"), ("int8,x", "neither group=")):
         assert main([*ask, "--quantize", wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_model_folder_is_handed_on_quantised(
+    tmp_path: Path, source: BackboneConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its pictures: texts and questions about pictures are compared, and every code with its weight."""
+    made = tuned(tmp_path, source)
+    disturb(made.net, std=0.02)
+    build.save(made, tmp_path / "model")
+    convert = ["convert", str(tmp_path / "model"), str(tmp_path / "small"), "--quantize", "int8"]
+    assert main(convert) == 0
+    said = capsys.readouterr().out
+    assert "nats a position, and" in said
+    assert "the backbone is quantised as int8 when read" in said
+    small = build.load(tmp_path / "small")
+    assert found(small.net) == Quantization("int8")
+    assert [spec.kind for spec in attached(small.net)] == ["lora", "train"]
+    assert main([*convert[:2], str(tmp_path / "again"), *convert[3:], "--tolerance", "1e-9"]) == 2
+    assert "the limit is 1e-09 nats" in capsys.readouterr().err
+    real = build.load
+
+    def broken(folder: Path, **options: object) -> Model:
+        model = real(folder, **options)  # type: ignore[arg-type]
+        if found(model.net) is not None:
+            swapped(model.net)
+        return model
+
+    monkeypatch.setattr(build, "load", broken)
+    assert main([*convert[:2], str(tmp_path / "broken"), *convert[3:], "--tolerance", "99"]) == 2
+    assert "was removed" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name in ("small", "again", "broken")) == ["small"]
+
+
+@pytest.mark.parametrize("kind", ["text", "dream"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_reads_prompts_is_quantised_and_nothing_else(tmp_path: Path, spec: Quantization, kind: str) -> None:
+    """The bridge with its queries and heads, the denoiser and the codec keep their values."""
+    made = tiny_generator(tmp_path, kind)  # type: ignore[arg-type]
+    conditioner = made.conditioner
+    assert isinstance(conditioner, DreamConditioner | TextConditioner)
+    if isinstance(conditioner, DreamConditioner):
+        shake(conditioner.dream.heads)
+    prompts = ["a red cat", "two blue stars"]
+    with torch.no_grad():
+        before, state = made.condition(prompts).seq, {k: v.clone() for k, v in made.state_dict().items()}
+        drawn = made.generate(prompts, seeds=[1, 2])
+        generator.shrink(made, spec)
+        after = made.condition(prompts).seq
+        again = made.generate(prompts, seeds=[1, 2])
+    assert before is not None
+    assert after is not None
+    moved = float((after - before).norm() / before.norm())
+    assert 0 < moved < (0.02 if spec.kind == "int8" else 0.2)
+    other = float((before[0] - before[1]).norm() / before.norm())
+    assert moved < other / 2  # and it matters: another prompt is further away than fewer bits
+    assert drawn[0].tobytes() != again[1].tobytes()
+    kept = {k: v for k, v in made.state_dict().items() if ".backbone." not in k}
+    assert kept
+    assert all(torch.equal(v, state[k]) for k, v in kept.items())
+    assert any(".dream.heads." in k for k in kept) == (kind == "dream")
+    assert len(dict(kernels(conditioner))) == 14 + spec.embeddings + 1  # untied: its output too
+    with pytest.raises(ValueError, match="already"):
+        generator.shrink(made, spec)
+
+
+def test_a_bridge_may_be_trained_on_a_quantised_model(tmp_path: Path) -> None:
+    base = ModelConfig(base=str(tiny_model_dir(tmp_path)), quantization=Quantization("int8"))
+    config = tiny_generator_config(base, "dream", tuning=("conditioner.dream.heads.*", "denoiser.*"))
+    made = generator.build_generator(config, train=True)
+    assert found(made.conditioner) == Quantization("int8")
+    shake(made.denoiser)
+    assert isinstance(made.conditioner, DreamConditioner)
+    made.condition(["a red cat"]).seq.square().sum().backward()  # type: ignore[union-attr]
+    assert any(p.grad is not None and p.grad.any() for p in made.conditioner.dream.heads.parameters())
+    generator.save_generator(made, tmp_path / "saved")
+    again = generator.load_generator(tmp_path / "saved")
+    assert found(again.conditioner) == Quantization("int8")
+    drawn = [g.eval().generate(["a red cat"], seeds=[3])[0].tobytes() for g in (made, again)]
+    assert drawn[0] == drawn[1]
+    full = tiny_generator_config(ModelConfig(base=base.base), "dream")
+    assert found(generator.build_generator(full).conditioner) is None
+
+
+def test_generate_says_what_it_quantises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tiny_generator_dir(tmp_path, "dream"))
+    draw = ["generate", "--model", folder, "--prompt", "a red cat", "--steps", "2", "--device", "cpu", "--out"]
+    assert main([*draw, str(tmp_path / "small"), "--quantize", "int8"]) == 0
+    assert "int8: the language model; bridge, denoiser and codec stay as they are" in capsys.readouterr().err
+    assert '"quantize": "int8"' in (tmp_path / "small" / "manifest.jsonl").read_text()
+    assert main([*draw, str(tmp_path / "full")]) == 0
+    assert "quantize" not in (tmp_path / "full" / "manifest.jsonl").read_text()
+    assert main(["convert", folder, str(tmp_path / "x"), "--quantize", "int8"]) == 2
+    assert "generate --quantize keeps the language model" in capsys.readouterr().err
+    numbers = tiny_generator(tmp_path, conditioner=LabelSource(3), denoiser=LABELLED)
+    with pytest.raises(ValueError, match="class numbers with no language model"):
+        generator.shrink(numbers, Quantization("int8"))

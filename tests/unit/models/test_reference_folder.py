@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.__main__ import main
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.data.encode import tile_ids
-from accessory.models import build, published_keys
+from accessory.models import build, published_keys, reference_folder
 from accessory.models.encoder_store import encoder_path, keep_encoder, read_encoder
 from accessory.models.published import LLAMA_TYPES
 from accessory.models.reference import assemble, read_published, text_specs
@@ -254,3 +254,18 @@ def test_the_verb_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert f"encoder clip: {model.config.tower.encoders['clip']}" in said
     assert model.config.tower.activation == "gelu"
     assert main(["convert", str(source), str(tmp_path / "x"), "--clip-activation", "gelu"]) != 0
+
+
+def test_a_folder_that_says_something_else_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCESSORY_CACHE", str(tmp_path / "cache"))
+    convert = ["convert", str(folder_of(tmp_path / "in", state_of())), str(tmp_path / "out"), "--to", "model"]
+    real = reference_folder.trained
+    monkeypatch.setattr(reference_folder, "trained", lambda p: {k: -v for k, v in real(p).items()})
+    assert main(convert) != 0
+    assert "moved by" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(reference_folder, "trained", real)
+    assert main(convert) == 0
+    assert "logits of the fixed prompts: moved by" in capsys.readouterr().out

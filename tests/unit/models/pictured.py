@@ -95,7 +95,7 @@ def adapted(folder: Path, form: str = "v1 caption", *, train: bool = False, **op
         **{
             "tuning": (*FORMS[form], TrainSpec(("resampler.*",))),
             "projector": ProjectorConfig("linear_norm") if form == "with a projector" else None,
-            "resampler": ResamplerConfig(length, width=16, depth=2, heads=2),
+            "resampler": ResamplerConfig(length=length, width=16, depth=2, heads=2),
             **options,
         },  # type: ignore[arg-type]
     )

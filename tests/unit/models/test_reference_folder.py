@@ -116,7 +116,7 @@ def test_a_converted_adapter_sees_through_its_prefix(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source, state, args = adapter_of(tmp_path / "in")
     config = convert_pictured([source], tmp_path / "out", cache=tmp_path, pickles=True)
-    assert config.resampler == build.ResamplerConfig(3, 32, 1, 16)
+    assert config.resampler == build.ResamplerConfig(length=3, width=32, depth=1, heads=16)
     assert (config.projector, config.template) == (None, "alpaca")
     model = build.load(tmp_path / "out", cache=tmp_path)
     direct = assemble(read_published(state, args, "llama_adapter"), presets.build("clip-l-projected"))

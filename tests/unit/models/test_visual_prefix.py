@@ -195,7 +195,7 @@ def test_two_pictures_where_one_is_taken(tmp_path: Path) -> None:
     asked = sample(picture(1), "and", picture(2), "What?")
     with pytest.raises(ValueError, match=r"2 pictures \(2 tiles\) in one dialogue, this model takes 1 .*max_tiles"):
         one.encoder.encode(asked)
-    two = adapted(tmp_path, resampler=ResamplerConfig(3, width=16, depth=2, heads=2, max_tiles=2))
+    two = adapted(tmp_path, resampler=ResamplerConfig(length=3, width=16, depth=2, heads=2, max_tiles=2))
     row = two.encoder.encode(asked)
     with torch.inference_mode():
         both = two.net.context(row.ids[None], row.tiles)

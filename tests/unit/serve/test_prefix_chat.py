@@ -97,7 +97,7 @@ def test_a_second_picture_is_refused_and_changes_nothing(model: Model) -> None:
 
 
 def test_more_pictures_where_the_model_takes_them(tmp_path: Path) -> None:
-    two = adapted(tmp_path, resampler=ResamplerConfig(3, width=16, depth=2, heads=2, max_tiles=2))
+    two = adapted(tmp_path, resampler=ResamplerConfig(length=3, width=16, depth=2, heads=2, max_tiles=2))
     chat = Chat(two, sampling=GREEDY)
     chat.say("What is this?", [image(1)])
     assert chat.say("And this?", [image(2)]).strip() == from_scratch(two, chat.history[:-1])

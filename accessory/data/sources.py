@@ -175,15 +175,6 @@ class BuiltinSource:
         return dataclasses.replace(self._rows[index], source=self.name, index=index)
 
 
-def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> Source:
-    """The source a configuration describes; ValueError when its file cannot be opened."""
-    if isinstance(config, BuiltinConfig):
-        return BuiltinSource(config, cache=cache, seed=seed, size=size)
-    if (problem := missing(config)) is not None:
-        raise ValueError(problem)
-    return FileSource(config, open_rows(Path(config.path)))
-
-
 def missing(config: SourceConfig) -> str | None:
     """What of a source's files is not there and where it comes from; None when nothing is."""
     if isinstance(config, BuiltinConfig):
@@ -194,6 +185,15 @@ def missing(config: SourceConfig) -> str | None:
     if not problems:
         return None
     return " and ".join(problems) + (f"; put it there, it comes from: {config.get}" if config.get else "")
+
+
+def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> Source:
+    """The source a configuration describes; ValueError when its file cannot be opened."""
+    if isinstance(config, BuiltinConfig):
+        return BuiltinSource(config, cache=cache, seed=seed, size=size)
+    if (problem := missing(config)) is not None:
+        raise ValueError(problem)
+    return FileSource(config, open_rows(Path(config.path)))
 
 
 def read_configs(path: Path) -> tuple[list[tuple[str, SourceConfig]], list[str]]:

@@ -6,9 +6,9 @@ A row that cannot be read raises :class:`RowRejected` with file and row; only a 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -179,9 +179,9 @@ def missing(config: SourceConfig) -> str | None:
     """What of a source's files is not there and where it comes from; None when nothing is."""
     if isinstance(config, BuiltinConfig):
         return None
-    problems = [] if matching(Path(config.path)) else [f"no data file at {os.path.normpath(config.path)}"]
+    problems = [] if matching(Path(config.path)) else [f"no data file at {normpath(config.path)}"]
     if config.root is not None and not Path(config.root).is_dir():
-        problems.append(f"no folder of pictures (root) at {os.path.normpath(config.root)}")
+        problems.append(f"no folder of pictures (root) at {normpath(config.root)}")
     if not problems:
         return None
     return " and ".join(problems) + (f"; put it there, it comes from: {config.get}" if config.get else "")

@@ -6,9 +6,9 @@ A row that cannot be read raises :class:`RowRejected` with file and row; only a 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -177,6 +177,18 @@ class BuiltinSource:
         return dataclasses.replace(self._rows[index], source=self.name, index=index)
 
 
+def missing(config: SourceConfig) -> str | None:
+    """What of a source's files is not there and where it comes from; None when nothing is."""
+    if isinstance(config, BuiltinConfig):
+        return None
+    problems = [] if matching(Path(config.path)) else [f"no data file at {normpath(config.path)}"]
+    if config.root is not None and not Path(config.root).is_dir():
+        problems.append(f"no folder of pictures (root) at {normpath(config.root)}")
+    if not problems:
+        return None
+    return " and ".join(problems) + (f"; put it there, it comes from: {config.get}" if config.get else "")
+
+
 def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 0, size: int = 128) -> Source:
     """The source a configuration describes; ValueError when its file cannot be opened."""
     if isinstance(config, BuiltinConfig):
@@ -184,18 +196,6 @@ def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 
     if (problem := missing(config)) is not None:
         raise ValueError(problem)
     return FileSource(config, open_rows(Path(config.path)))
-
-
-def missing(config: SourceConfig) -> str | None:
-    """What of a source's files is not there and where it comes from; None when nothing is."""
-    if isinstance(config, BuiltinConfig):
-        return None
-    problems = [] if matching(Path(config.path)) else [f"no data file at {os.path.normpath(config.path)}"]
-    if config.root is not None and not Path(config.root).is_dir():
-        problems.append(f"no folder of pictures (root) at {os.path.normpath(config.root)}")
-    if not problems:
-        return None
-    return " and ".join(problems) + (f"; put it there, it comes from: {config.get}" if config.get else "")
 
 
 def read_entries(path: Path, name: str, kind: Any) -> tuple[list[tuple[str, Any]], list[str]]:

@@ -137,7 +137,7 @@ def zeroed(net: nn.Module) -> None:
     if kernel.kind == "nf4":
         kernel.codes[: kernel.group // 2] = 0x77  # type: ignore[operator]  # level 7 is 0, the scale a code of its own
     else:
-        kernel.scales[(0,) * (kernel.scales.ndim - 1)] = 0  # type: ignore[index, operator]
+        kernel.scales[(0,) * (kernel.scales.ndim - 1)] = 0  # type: ignore[operator]
 
 
 def transposed(net: nn.Module) -> None:

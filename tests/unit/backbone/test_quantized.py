@@ -259,10 +259,10 @@ def test_loading_quantised_never_holds_more_than_full_weights(tmp_path: Path) ->
         peaks[name] = int(done.stdout.split()[-1]) * 1024
     written = (tmp_path / "gated" / "model.safetensors").stat().st_size
     print({name: round(peak / full, 2) for name, peak in peaks.items()}, round(written / full, 2))
-    # Never both: asking the full model takes most, and it is let go before the first weight is quantised.
-    assert peaks["gated"] < peaks["bf16"] + 0.4 * written, peaks
-    # Without the gate they are never all there: what is written, twice while it is laid out, and a layer.
-    assert peaks["alone"] < 2.3 * written + 4 * 1024 * 3072, peaks
+    # With the gate the full model is asked once, mapped, and let go (1.2 to 1.3 times what is read was measured);
+    # without it no more than what is written, twice while it is laid out, and a layer (0.4 to 0.45).
+    assert peaks["gated"] < 1.5 * full, peaks
+    assert peaks["alone"] < 0.6 * full, peaks
 
 
 @pytest.mark.skipif(compiler is None, reason="no C++ compiler on this machine")

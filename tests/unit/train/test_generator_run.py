@@ -37,10 +37,10 @@ def experiment(folder: Path, more: str = "") -> Path:
 
 def test_the_verb_trains_a_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = experiment(tmp_path)
-    plan = argparse.Namespace(config=str(path), overrides=[], resume=None, dry_run=True)
-    assert verb.main(plan) == 0
+    plain = {"config": str(path), "overrides": [], "resume": None, "outline": False}
+    assert verb.main(argparse.Namespace(**plain, dry_run=True)) == 0
     assert "asks for pictures with ['a " in capsys.readouterr().out
-    assert verb.main(argparse.Namespace(config=str(path), overrides=[], resume=None, dry_run=False)) == 0
+    assert verb.main(argparse.Namespace(**plain, dry_run=False)) == 0
     final = tmp_path / "run" / "final"
     assert is_generator(final)
     assert {p.name for p in final.iterdir()} >= {"run.yaml", "sources.yaml"}

@@ -165,12 +165,14 @@ def _adapters() -> dict[str, Recipe]:
         first, rows=309_990, epochs=4, warm=1, lr=1e-3 * 32 / 256, decay=0.02, length=512, own=added,
         rest=first.own + seen - S7.norms(),
     )  # fmt: skip
+    both = replace(v1, rows=618_749, own=S7.prefix(31) + S7.prefix(1, 20) + resampler(4096, 20, 2))
     return {
         "adapter_v1": v1,
         "adapter_v1_caption": replace(v1, rows=566_747, own=v1.own + resampler(4096, 10, 2), rest=seen),
         "adapter_v2_pretrain": first,
         "adapter_v2_finetune": second,
         "adapter_v2_finetune_lora": replace(second, own=S7.lora() + added),
+        "adapter_v2_joint": replace(both, own=both.own + 2 * S7.biases() + S7.norms(), rest=seen - S7.norms()),
         "adapter_v2_chat65b": replace(
             second, rows=80_000, length=2048, own=2 * S65.biases() + S65.norms(), rest=S65.total - S65.norms(),
             whole=False,

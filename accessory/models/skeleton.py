@@ -33,7 +33,11 @@ def skeleton(config: ModelConfig) -> MLLM:
         if config.base is not None:
             return _on_base(config)
         backbone = Llama(sizes(config.backbone)).to(build.DTYPES[config.backbone.dtype])
-        tower = None if config.tower is None else presets.build(config.tower.preset, config.tower.activation)
+        tower = (
+            None
+            if config.tower is None
+            else presets.build(config.tower.preset, config.tower.activation, config.tower.bgr)
+        )
         net = build.join(config, backbone, tower)
     promote(net)
     return net

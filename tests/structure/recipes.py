@@ -74,9 +74,18 @@ TWO = CONVNEXT + DINO
 FOUR = TWO + CLIP - 1024 * 768 + QFORMER
 
 
+# OpenCLIP's ViT-H/14, which ImageBind sees with: stem and norms, 32 blocks, projection.
+CLIP_H = 1280 * (3 * 14 * 14 + 1 + 257 + 4) + 32 * (12 * 1280**2 + 13 * 1280) + 1280 * 1024
+
+
 def joint(dim: int, *widths: int) -> int:
     """Linear and LayerNorm for each width, the vectors around a view, and ours for a blank one."""
     return sum(width * dim + 3 * dim for width in widths) + 3 * dim
+
+
+def bind(dim: int, width: int = 16384, depth: int = 3) -> int:
+    """ImageBind-LLM's way from a vector of 1024 numbers to one token."""
+    return 1024 * dim + dim + depth * (dim + 3 * dim * width)
 
 
 def resampler(dim: int, length: int, depth: int) -> int:
@@ -161,6 +170,7 @@ def _adapters() -> dict[str, Recipe]:
         own=S7.prefix(31) + resampler(4096, 10, 8),
     )  # fmt: skip
     added = S7.biases(False) + S7.norms()
+    bound = replace(first, own=S7.prefix(32, 1) + bind(4096), rest=S7.total + CLIP_H)
     second = replace(
         first, rows=309_990, epochs=4, warm=1, lr=1e-3 * 32 / 256, decay=0.02, length=512, own=added,
         rest=first.own + seen - S7.norms(),
@@ -177,6 +187,8 @@ def _adapters() -> dict[str, Recipe]:
             second, rows=80_000, length=2048, own=2 * S65.biases() + S65.norms(), rest=S65.total - S65.norms(),
             whole=False,
         ),
+        "imagebind_pretrain": bound,
+        "imagebind_finetune": replace(second, own=S7.lora() + added, rest=bound.own + bound.rest - S7.norms()),
         "adapter_accessory_pretrain": replace(first, own=first.own + 31),
         "adapter_accessory": Recipe(
             653_471, 3, 0.2, 256, 5e-5, 5e-6, 0.02, 2, 512, S7.lora() + added, second.rest + 31

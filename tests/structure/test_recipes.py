@@ -64,6 +64,8 @@ def test_the_formulas_give_what_is_published() -> None:
     assert round(RECIPES["adapter_v2_finetune"].own / 1e5 + RECIPES["adapter_v2_pretrain"].own / 1e5) == 631
     assert round(sum(vars(RECIPES["sphinx_x_tiny"])[k] for k in ("own", "rest")) / 1e8) == 31
     assert S65.total == 65_285_660_672
+    assert recipes.CLIP_H == 632_076_800
+    assert round(recipes.bind(4096) / 1e6) == 608
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import TextIO
 
 
 def get(name: str) -> logging.Logger:
@@ -9,9 +10,21 @@ def get(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at that moment: who redirects it later is heard too."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
+
+
 def setup(level: int = logging.INFO) -> None:
     """Send the project's log lines to stderr. Called by the command line, never by the library."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger("accessory")
     root.handlers[:] = [handler]

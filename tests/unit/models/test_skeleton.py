@@ -28,7 +28,7 @@ def facts(net: MLLM) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
 
 def options(tuning: tuple[TuningSpec, ...]) -> dict[str, object]:
     prefix = isinstance(tuning[0], PrefixSpec)
-    return {"tuning": tuning, "resampler": ResamplerConfig(2, 16, 1, 2) if prefix else None}
+    return {"tuning": tuning, "resampler": ResamplerConfig(length=2, width=16, depth=1, heads=2) if prefix else None}
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)

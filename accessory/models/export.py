@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from accessory import config as configuration
@@ -38,6 +39,7 @@ from accessory.peft.attach import find_backbone
 from accessory.peft.quantize import Quantization
 from accessory.schema import Picture, Turn
 
+CELLS = 8  # a side, of what a picture is compared by
 # Fields of configurations that name a folder or a file.
 _NAMES = ("base", "source", "model", "tokenizer", "weights")
 # What a base may say otherwise than the one that was trained on: it is the same generator with the same weights.
@@ -147,7 +149,11 @@ def _limit(before: Measure, dtype: torch.dtype | None, tolerance: float | None) 
 
 def drawn(generator: Generator) -> Measure:
     """As :func:`accessory.models.gate.measure`, of a generator: the conditions (L, C) of fixed prompts, one of them
-    with a picture where it sees, and what it draws of them in few steps, rows of pixels (H * W, 3)."""
+    with a picture where it sees, and what it draws of them in few steps, the means of its cells (64, 3).
+
+    Not its pixels: sampling takes rounding a thousandth of a condition to a tenth of a single pixel, and to a hundredth
+    of a cell; a denoiser with one spoilt matrix moves cells by more than a half.
+    """
     read = generator.conditioner
     prompts: list[Prompt] = ["0"] if isinstance(read, LabelConditioner) else list(PROMPTS[1:3])
     if isinstance(read, DreamConditioner) and read.dream.net.tower is not None:
@@ -160,7 +166,8 @@ def drawn(generator: Generator) -> Measure:
             seq = generator.condition([prompt]).seq
             found += [] if seq is None else [seq[0].float().cpu()]
             picture = np.asarray(generator.generate([prompt], seeds=[i], settings=settings)[0])
-            found.append(torch.from_numpy(picture / 255.0).float().flatten(0, 1))
+            pixels = torch.from_numpy(picture / 255.0).float().permute(2, 0, 1)
+            found.append(F.adaptive_avg_pool2d(pixels, CELLS).flatten(1).T)
     dtype = next(generator.denoiser.parameters()).dtype
     return Measure(tuple(found), dtype if dtype in TOLERANCE else torch.float32)
 

@@ -101,7 +101,9 @@ class MoEFeedForward(nn.Module):
             hidden = activate(grouped_product(rows, w1, counts), self.activation) * grouped_product(rows, w3, counts)
             return grouped_product(hidden, w2, counts)
         parts = rows.split(counts.tolist())
-        found = [expert(part) for expert, part in zip(self.experts, parts) if len(part)]
+        # One that trains runs on no rows too: its gradient is then zero and not missing, as on ranks that it had rows.
+        used = torch.is_grad_enabled() and self.training
+        found = [e(part) for e, part in zip(self.experts, parts) if len(part) or (used and _trains(e))]
         return torch.cat(found) if found else rows
 
     def weights(self, name: str) -> list[nn.Parameter]:
@@ -118,6 +120,10 @@ class MoEFeedForward(nn.Module):
         plain = all(type(linear) is Linear and linear.bare for linear in linears)
         weights = [linear.weight for linear in linears]
         return plain and all(w is not None for w in weights) and groupable(rows, weights)  # quantised ones have none
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def lay_out_experts(model: nn.Module) -> None:

@@ -60,16 +60,35 @@ def summed(x: Tensor) -> Tensor:
     return cast(Tensor, reduce_from_model_parallel_region(x))
 
 
+class Entrance:
+    """:func:`copied` for ``readers`` layers that read one tensor in turn: their gradients are summed together, once."""
+
+    def __init__(self, readers: int = 1) -> None:
+        self._readers, self._left = readers, 0
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` for one of the readers."""
+        if self._last is None or self._last[0] is not x:
+            self._last, self._left = (x, copied(x)), self._readers
+        shared = self._last[1]
+        self._left -= 1
+        if not self._left:
+            self._last = None  # nothing is kept alive that the graph does not need
+        return shared
+
+
 class ColumnLinear(Linear, ColumnParallelLinear):  # type: ignore[misc]  # fairscale has no types
     """Some output rows of a linear: (..., in) -> (..., out / ranks), or all of them with ``gather``."""
 
-    def __init__(self, plain: Linear, gather: bool = False) -> None:
+    def __init__(self, plain: Linear, entrance: Entrance, gather: bool = False) -> None:
         _make(self, ColumnParallelLinear, plain, gather_output=gather)
         _adopt(self, plain, row=False, between=copied)
+        self.entrance = entrance
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to this rank's part of (..., out_features)."""
-        kernel, shared = self.kernel, copied(x)
+        kernel, shared = self.kernel, self.entrance(x)
         if kernel is not None and kernel.fits(self.weight):
             y = self.finish(kernel.joined(shared), x)
         else:

@@ -69,13 +69,14 @@ def _cut(model: nn.Module, width: int) -> dict[str, int]:
         raise ValueError(f"parallel.tensor {width} does not divide {', '.join(problems)}")
     _same_everywhere(model)
     for path, module in [*backbone.named_modules()]:
-        owner, _, leaf = path.rpartition(".")
-        holder = backbone.get_submodule(owner)
-        if type(module) is Linear and leaf in COLUMN:
-            setattr(holder, leaf, layers.ColumnLinear(module, gather=leaf == "output"))
-        elif type(module) is Linear and leaf in ROW:
-            setattr(holder, leaf, layers.RowLinear(module))
-        elif isinstance(module, Attention) and module.prefix is not None:
+        own = {leaf: child for leaf, child in module.named_children() if type(child) is Linear}
+        columns = [leaf for leaf in own if leaf in COLUMN]
+        entrance = layers.Entrance(len(columns))
+        for leaf in columns:
+            setattr(module, leaf, layers.ColumnLinear(own[leaf], entrance, gather=leaf == "output"))
+        for leaf in own.keys() & set(ROW):
+            setattr(module, leaf, layers.RowLinear(own[leaf]))
+        if isinstance(module, Attention) and module.prefix is not None:
             prefix = cast(Any, module.prefix)
             prefix.gate = layers.cut(f"{path}.prefix.gate", prefix.gate, 0)
             prefix.between = layers.copied

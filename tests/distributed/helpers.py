@@ -44,7 +44,7 @@ def run_ranks(fn: Callable[[int], Any], world: int = 2) -> list[Any]:
         for process in ranks:
             process.start()
         try:
-            found = [queue.get(timeout=120) for _ in ranks]
+            found = [queue.get(timeout=300) for _ in ranks]
         finally:
             for process in ranks:
                 process.join(timeout=10)

@@ -25,7 +25,10 @@ from accessory.train.objective import DialogueObjective, ObjectiveConfig
 from tests.tiny import disturb, tiny_config, tiny_model, tiny_tokenizer
 
 VISION = TrainSpec(("projector.*",))
-ADDED = (LoraSpec(rank=3, alpha=6.0, dropout=0.2), PrefixSpec(length=3, new_gate=True), BiasSpec(), ScaleSpec())
+EVERYTHING: tuple[TuningSpec, ...] = (
+    LoraSpec(rank=3, alpha=6.0, dropout=0.2), PrefixSpec(length=3, new_gate=True), BiasSpec(), ScaleSpec(),
+    TrainSpec(("*",)),
+)  # fmt: skip
 METHODS: dict[str, tuple[TuningSpec, ...]] = {
     "full": (TrainSpec(("backbone.*", "projector.*", "tower.*")),),
     "lora": (LoraSpec(rank=3, alpha=6.0), VISION),
@@ -33,6 +36,7 @@ METHODS: dict[str, tuple[TuningSpec, ...]] = {
     "moe": (TrainSpec(("backbone.*", "projector.*")),),
 }
 LENGTH, ROWS, TILE_TOKENS = 16, 2, 4
+PICTURES = (0, 1, 3)
 
 
 def made(folder: Path, method: str = "full", specs: Sequence[TuningSpec] | None = None, **llama: Any) -> Model:
@@ -60,16 +64,16 @@ def batch(number: int, pictures: int) -> Batch:
 
 
 class Mixed:
-    """Draws of one of two data ranks (``part``), or of both in turn (None); none, one or three pictures in each."""
+    """Draws of one of ``parts`` data ranks, or of all in turn (None); none, one or three pictures in each."""
 
-    def __init__(self, part: int | None) -> None:
-        self.part, self.given = part, 0
+    def __init__(self, part: int | None, parts: int = 2) -> None:
+        self.part, self.parts, self.given = part, parts, 0
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            number = self.given if self.part is None else 2 * self.given + self.part
+            number = self.given if self.part is None else self.parts * self.given + self.part
             self.given += 1
-            yield batch(number, (0, 1, 3)[number % 3])
+            yield batch(number % 6, PICTURES[number % 3])  # few rows, so that they can be learned in few steps
 
     def state_dict(self) -> dict[str, Any]:
         return {"given": self.given}
@@ -103,10 +107,10 @@ def gradients(model: Model, plan: ParallelConfig, numbers: Sequence[int] = (1,))
     objective = DialogueObjective(ObjectiveConfig(), model.tokenizer)
     for number in numbers:
         torch.manual_seed(number)
-        objective(model.net, batch(number, (0, 1, 3)[number % 3]))[0].backward()
+        objective(model.net, batch(number, PICTURES[number % 3]))[0].backward()
     found = {n: p.grad for n, p in model.net.named_parameters() if p.grad is not None}
     whole = {n: g.numpy() for n, g in layout.whole(found).items()}
-    return {**whole, **{f"own/{n}": np.array(g) for n, g in found.items() if layout.place(n).rows is None}}, layout
+    return {**whole, **{f"own/{n}": g.numpy() for n, g in found.items() if layout.place(n).rows is None}}, layout
 
 
 def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

@@ -195,7 +195,12 @@ class Optimizer:
             for moment, value in moments[name].items():
                 if moment != "step" and value.shape != master.shape:
                     raise ValueError(f"{moment} of {name} has shape {list(value.shape)}, not {list(master.shape)}")
-            owner[name].state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
+            # Laid out in memory as the parameter is (convolutions may be channels-last): the fused kernel walks through
+            # both side by side, and a file knows no strides.
+            owner[name].state[master] = {
+                m: v.to(master.device, copy=True) if m == "step" else torch.empty_like(master).copy_(v)
+                for m, v in moments[name].items()
+            }
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

@@ -46,5 +46,5 @@ def test_no_rank_waits_for_ever(name: str, world: int, tmp_path: Path) -> None:
 def test_it_matters_that_idle_experts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert that had no row on one rank has no gradient there, and the ranks reduce different lists."""
     monkeypatch.setattr(moe, "_trains", lambda module: False)
-    with pytest.raises(RuntimeError, match="rank . failed"):
+    with pytest.raises(RuntimeError, match=r"rank \d failed"):
         some_steps(tmp_path, PLANS["fsdp"], 2, "moe")

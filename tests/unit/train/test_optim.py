@@ -148,6 +148,32 @@ def test_state_survives_and_is_checked() -> None:
         fresh.load_state(state)
 
 
+def test_loaded_moments_lie_in_memory_as_the_weights_do() -> None:
+    """The fused kernel walks through weights and moments side by side; a file knows no strides."""
+
+    def made() -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
+        return model, Optimizer(model, CONFIG)
+
+    def update(model: nn.Module, optimizer: Optimizer, seed: int) -> None:
+        model(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimizer.collect()
+        optimizer.step(0.1)
+
+    model, optimizer = made()
+    update(model, optimizer, 1)
+    kept = {k: v.contiguous().clone() for k, v in optimizer.state().items()}
+    assert kept["exp_avg/weight"].stride() != optimizer.masters["weight"].stride()
+    again, fresh = made()
+    with torch.no_grad():
+        again.weight.copy_(model.weight)  # type: ignore[operator, arg-type]
+    fresh.load_state(kept)
+    update(model, optimizer, 2)
+    update(again, fresh, 2)
+    assert torch.equal(model.weight, again.weight)  # type: ignore[arg-type]
+
+
 class _Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

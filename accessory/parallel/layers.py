@@ -25,6 +25,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 
 from accessory.nn.linear import Linear, product
+from accessory.nn.quantized import Quantized
 from accessory.parallel import groups
 from accessory.parallel.axes import SUFFIXES
 from accessory.parallel.layout import share
@@ -167,6 +168,9 @@ def _adopt(layer: Any, plain: Linear, row: bool, between: Callable[[Tensor], Ten
         plain.delta.between = between
         plain.delta.cut_input = (groups.tensor_rank(), groups.tensor_size()) if row else None
         layer.delta = plain.delta
+    if plain.kernel is not None:  # quantised
+        layer.register_parameter("weight", None)
+        layer.kernel = cast(Quantized, plain.kernel).cut(int(row), groups.tensor_rank(), groups.tensor_size())
     for name, parameter in list(plain.named_parameters()):
         axis = cast("int | None", SUFFIXES[name][row])
         owner, _, leaf = name.rpartition(".")

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from accessory.nn.attention import Attention
 from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear, stated
+from accessory.nn.packed import Packed
+from accessory.nn.quantized import QuantizedTable
 from accessory.parallel import groups
 from accessory.parallel.axes import COLUMN, ROW, shard_rule
 from accessory.parallel.layout import Layout, ParallelConfig, Place
@@ -102,8 +104,8 @@ def _problems(backbone: Any, width: int) -> Iterator[str]:
     """What ``width`` ranks cannot share evenly."""
     counts: list[tuple[str, int]] = []
     for path, module in backbone.named_modules():
-        if isinstance(module, Linear) and module.kernel is not None:
-            raise ValueError(f"parallel.tensor {width}: {path} is quantised, and quantised weights are not cut yet")
+        if isinstance(module, Packed | QuantizedTable):
+            raise ValueError(f"parallel.tensor {width} does not cut {path}: a {type(module).__name__}")
         if isinstance(module, Attention):
             heads = [stated(w).shape[0] // module.head_dim for w in (module.wq, module.wk)]
             counts += [("n_heads", heads[0]), ("n_kv_heads", heads[1])]

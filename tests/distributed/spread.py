@@ -17,6 +17,7 @@ from accessory.nn.moe import MoEConfig
 from accessory.parallel.layout import Layout, ParallelConfig
 from accessory.parallel.shard import parallelize
 from accessory.peft.attach import BiasSpec, LoraSpec, NormSpec, PrefixSpec, ScaleSpec, TrainSpec, TuningSpec
+from accessory.peft.quantize import Quantization
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
 from accessory.train.config import TrainConfig
@@ -34,6 +35,7 @@ METHODS: dict[str, tuple[TuningSpec, ...]] = {
     "lora": (LoraSpec(rank=3, alpha=6.0), VISION),
     "prefix": (PrefixSpec(length=3, new_gate=True), BiasSpec(), NormSpec(), VISION),
     "moe": (TrainSpec(("backbone.*", "projector.*")),),
+    "qlora": (LoraSpec(rank=3, alpha=6.0), VISION),
 }
 LENGTH, ROWS, TILE_TOKENS = 16, 2, 4
 PICTURES = (0, 1, 3)
@@ -46,7 +48,8 @@ def made(folder: Path, method: str = "full", specs: Sequence[TuningSpec] | None 
     moe = MoEConfig(experts=4, top=1, balance=0.01) if method == "moe" else None
     sizes = replace(backbone.llama, **{"moe": moe, "ffn_dim": 48, **llama})
     tuning = METHODS[method] if specs is None else tuple(specs)
-    model = tiny_model(folder, train=True, tuning=tuning, backbone=replace(backbone, llama=sizes))
+    few = Quantization("int8") if method == "qlora" else None
+    model = tiny_model(folder, train=True, tuning=tuning, quantization=few, backbone=replace(backbone, llama=sizes))
     disturb(model.net, std=0.05)
     return model
 

@@ -60,11 +60,8 @@ class Quantized(nn.Module):
 
     @abstractmethod
     def cut(self, axis: int, part: int, parts: int) -> Quantized:
-        """The kernel of one of ``parts`` equal parts of the rows (axis 0) or the columns (1), with the same values.
-
-        Raises:
-            ValueError: when weights that share a scale would be parted.
-        """
+        """The kernel of one of ``parts`` equal parts of the rows (axis 0) or the columns (1), with the same values;
+        ValueError when weights that share a scale would be parted."""
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), without a graph."""

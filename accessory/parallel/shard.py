@@ -6,12 +6,12 @@ have by construction; a rank therefore holds the whole model in main memory unti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -85,9 +85,33 @@ def _cut(model: nn.Module, width: int) -> dict[str, int]:
     backbone.tok_embeddings = layers.Embedding(backbone.tok_embeddings)
     if backbone.output is None:
         backbone.output_kernel = layers.TiedOutput(backbone.tok_embeddings)
+    tower = getattr(model, "tower", None)
+    if tower is not None and not any(p.requires_grad for p in tower.parameters()):
+        tower.tokens = SharedTokens(tower.tokens)
     start = f"{name}." if name else ""
     rules = {start + n: shard_rule(n, experts="cut") for n, _ in backbone.named_parameters()}
     return {n: rule for n, rule in rules.items() if isinstance(rule, int)}
+
+
+class SharedTokens:
+    """A frozen tower's ``tokens``, of which every rank of a tensor group computes those of its part of the tiles."""
+
+    def __init__(self, tokens: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self._tokens = tokens
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Tokens of all tiles (N, 3, S, S), one (N, tokens, width) tensor a group, without a gradient."""
+        count = len(pixels)
+        size = -(-count // groups.tensor_size())
+        own = self._tokens(pixels[groups.tensor_rank() * size :][:size])
+        if not count:
+            return own
+        out = []
+        for tokens in own:
+            padded = tokens.new_zeros(size, *tokens.shape[1:])
+            padded[: len(tokens)] = tokens.detach()
+            out.append(torch.cat(groups.gather(padded, "tensor"))[:count])
+        return tuple(out)
 
 
 def _backbone(model: nn.Module) -> tuple[str, Any]:

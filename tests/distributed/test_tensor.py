@@ -15,7 +15,7 @@ from accessory.parallel import groups, layers
 from accessory.parallel.layout import ParallelConfig
 from accessory.parallel.shard import parallelize
 from tests.distributed.helpers import run_ranks
-from tests.distributed.spread import EVERYTHING, apart, gradients, made
+from tests.distributed.spread import EVERYTHING, METHODS, apart, gradients, made
 
 PLAN = ParallelConfig(tensor=2)
 BATCHES = (1, 2)  # with one picture and with three
@@ -108,6 +108,27 @@ def test_what_does_not_divide_is_named(tmp_path: Path) -> None:
     for divides, differ in run_ranks(work):
         assert divides == ("parallel.tensor 2 does not divide n_kv_heads 1, the feed-forward width 47, vocab_size 361")
         assert "have built different models" in differ
+
+
+def test_a_frozen_towers_tiles_are_shared(tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        found = []
+        for specs in (METHODS["lora"], EVERYTHING):
+            model = made(tmp_path / str(rank), specs=specs)
+            tower, encoded = model.net.tower, []
+            assert tower is not None
+            tiles = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+            wanted = [t.detach() for t in tower.tokens(tiles)]
+            parallelize(model.net, PLAN)
+            tower.register_forward_pre_hook(lambda _, inputs, seen=encoded: seen.append(len(inputs[0])))
+            for count in (5, 1, 0):
+                for a, b in zip(tower.tokens(tiles[:count]), wanted, strict=True):
+                    assert torch.allclose(a, b[:count], atol=1e-5)
+            found.append(encoded)
+        return found
+
+    # A tower that trains encodes all of them on every rank, as its gradients are to be whole there.
+    assert run_ranks(work) == [[[3, 1, 0], [5, 1, 0]], [[2, 0, 0], [5, 1, 0]]]
 
 
 def test_too_few_processes_are_refused(tmp_path: Path) -> None:

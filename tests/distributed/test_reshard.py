@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from accessory import config as configuration
+from accessory.models import build
 from accessory.parallel.layout import Layout, ParallelConfig, Place
 from accessory.peft.attach import LoraSpec, load_trainable, trainable_state
 from accessory.train.config import EmaConfig, TrainConfig
+from accessory.train.run import RunConfig, run
 from tests.distributed.helpers import run_ranks
 from tests.distributed.spread import EVERYTHING, Mixed, apart, column, config, made, trained
+from tests.unit.train.squares import write_squares
 
 FILES = ("trainable", "optimizer", "average")
 SPECS = (LoraSpec(rank=3, alpha=6.0), *EVERYTHING[1:])  # data ranks drop other things
@@ -78,6 +83,24 @@ def test_the_product_goes_on_too(straight: tuple[Path, list[dict[str, float]]], 
     rows = run_ranks(further(tmp_path, 4, ParallelConfig(data="fsdp"), parts=2), 2)[0]
     assert torch.allclose(column(rows, "loss"), column(straight[1], "loss")[:4], rtol=1e-5)
     assert apart(folder(straight[0], 4), folder(tmp_path / "run", 4)) < 2e-2
+
+
+def test_an_experiment_ends_in_the_folder_of_one_process(tmp_path: Path) -> None:
+    whole = configuration.load(write_squares(tmp_path, 2), RunConfig)
+
+    def final(name: str, plan: ParallelConfig) -> tuple[Path, float]:
+        train = replace(whole.train, output_dir=str(tmp_path / name), parallel=plan)
+        result = run(replace(whole, train=train), folder=tmp_path)
+        assert result is not None
+        assert result.final is not None
+        return result.final, result.row["loss"]
+
+    (two, loss), (_, same) = run_ranks(lambda rank: final("two", ParallelConfig(tensor=2)))
+    one, alone = final("one", ParallelConfig())
+    assert loss == same == pytest.approx(alone, rel=1e-5)
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    weights = [dict(build.load(f).net.named_parameters()) for f in (one, two)]
+    assert apart(*({n: p.detach() for n, p in w.items()} for w in weights)) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])

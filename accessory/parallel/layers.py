@@ -139,7 +139,7 @@ class TiedOutput(nn.Module):
         return (summed(F.linear(scatter_to_model_parallel_region(h), self._table[0].weight)),)
 
 
-def cut(name: str, parameter: nn.Parameter, axis: int) -> nn.Parameter:
+def cut(name: str, parameter: Tensor, axis: int) -> nn.Parameter:
     """This rank's part of a parameter, in memory of its own so that the whole can go."""
     part = share(name, parameter.detach(), axis).clone(memory_format=torch.contiguous_format)
     return nn.Parameter(part, requires_grad=parameter.requires_grad)
@@ -165,9 +165,9 @@ def _adopt(layer: Any, plain: Linear, row: bool, between: Callable[[Tensor], Ten
     if plain.delta is not None:
         if not hasattr(plain.delta, "between"):
             raise ValueError(f"parallel.tensor cannot cut a delta of type {type(plain.delta).__name__}, only LowRank")
-        plain.delta.between = between
-        plain.delta.cut_input = (groups.tensor_rank(), groups.tensor_size()) if row else None
-        layer.delta = plain.delta
+        delta: Any = plain.delta
+        delta.between, delta.cut_input = between, (groups.tensor_rank(), groups.tensor_size()) if row else None
+        layer.delta = delta
     if plain.kernel is not None:  # quantised
         layer.register_parameter("weight", None)
         layer.kernel = cast(Quantized, plain.kernel).cut(int(row), groups.tensor_rank(), groups.tensor_size())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ class Layout:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, which shares its memory."""
-    return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def share(name: str, tensor: Tensor, axis: int) -> Tensor:

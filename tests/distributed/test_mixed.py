@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from accessory.nn import moe
 from accessory.parallel.layout import ParallelConfig
@@ -43,8 +44,14 @@ def test_no_rank_waits_for_ever(name: str, world: int, tmp_path: Path) -> None:
         assert found[0][0][0] != found[0][0][1]
 
 
-def test_it_matters_that_idle_experts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert that had no row on one rank has no gradient there, and the ranks reduce different lists."""
-    monkeypatch.setattr(moe, "_trains", lambda module: False)
-    with pytest.raises(RuntimeError, match=r"rank \d failed"):
-        some_steps(tmp_path, PLANS["fsdp"], 2, "moe")
+@pytest.mark.parametrize("idle", [True, False])
+def test_idle_experts_have_gradients_of_zero(idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert without a row on one rank would otherwise have none there, and the ranks reduce different lists: gloo
+    aborts in the reduce-scatter of FSDP then."""
+    if not idle:
+        monkeypatch.setattr(moe, "_trains", lambda module: False)
+    layer = moe.MoEFeedForward(8, 16, 4, 1, 8).train()
+    layer(torch.randn(1, 1, 8)).sum().backward()
+    found = [expert.get_submodule("w1").get_parameter("weight").grad for expert in layer.experts]
+    assert [g is None for g in found].count(False) == (4 if idle else 1)
+    assert sum(g is not None and bool(g.any()) for g in found) == 1

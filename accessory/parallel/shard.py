@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from accessory.nn.attention import Attention
 from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear, stated
+from accessory.nn.moe import MoEFeedForward
 from accessory.nn.packed import Packed
 from accessory.nn.quantized import QuantizedTable
 from accessory.parallel import groups
@@ -169,6 +170,8 @@ def _shard(model: nn.Module, blocks: Sequence[nn.Module], device: str) -> dict[s
     # The root holds none itself; it tells the parts of each other, so that one is fetched while another computes.
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
     for module in model.modules():
+        if isinstance(module, MoEFeedForward):
+            module.run_idle = True
         if isinstance(module, FSDPModule):  # a sum, as in the rest of the loop; gloo knows no other reduction
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)

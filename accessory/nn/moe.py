@@ -48,8 +48,12 @@ class MoEFeedForward(nn.Module):
 
     No capacity limit: every token reaches its experts, as in Mixtral and Next-DiT MoE. Tokens are sorted by expert, so
     that each expert sees one block of rows; where the hardware has a kernel for it (bf16 on a GPU, nothing hung on the
-    experts), all of them are one grouped product. Without ``renormalise`` the softmax is over all logits.
+    experts), all of them are one grouped product. Without ``renormalise`` the softmax is over all logits. With
+    ``run_idle`` (FSDP sets it) an expert runs on no rows too: its gradient is then zero and not missing, so that ranks
+    on which others are idle reduce the same tensors.
     """
+
+    run_idle: bool = False
 
     def __init__(
         self,
@@ -101,7 +105,8 @@ class MoEFeedForward(nn.Module):
             hidden = activate(grouped_product(rows, w1, counts), self.activation) * grouped_product(rows, w3, counts)
             return grouped_product(hidden, w2, counts)
         parts = rows.split(counts.tolist())
-        found = [expert(part) for expert, part in zip(self.experts, parts) if len(part)]
+        idle = self.run_idle and torch.is_grad_enabled()
+        found = [expert(part) for expert, part in zip(self.experts, parts) if idle or len(part)]
         return torch.cat(found) if found else rows
 
     def weights(self, name: str) -> list[nn.Parameter]:

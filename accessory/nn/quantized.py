@@ -58,6 +58,11 @@ class Quantized(nn.Module):
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), in ``dtype`` or the layer's."""
 
+    @abstractmethod
+    def cut(self, axis: int, part: int, parts: int) -> Quantized:
+        """The kernel of one of ``parts`` equal parts of the rows (axis 0) or the columns (1), with the same values;
+        ValueError when weights that share a scale would be parted."""
+
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), without a graph."""
         return F.linear(x, self.dequantized(x.dtype))
@@ -133,6 +138,11 @@ class Int8(Quantized):
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in)."""
         return (self.codes.to(self.dtype) * self.scales[:, None]).to(dtype or self.dtype)
+
+    def cut(self, axis: int, part: int, parts: int) -> Int8:
+        """See :class:`Quantized`."""
+        scales = self.scales if axis else self.scales.chunk(parts)[part]
+        return Int8(self.codes.chunk(parts, axis)[part].contiguous().clone(), scales.clone())
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Dequantised rows (..., in) of ids (...)."""
@@ -233,6 +243,12 @@ class Int4(Quantized):
         if self.packed:
             self.codes, self.packed = self._portable(), False
 
+    def cut(self, axis: int, part: int, parts: int) -> Int4:
+        """See :class:`Quantized`."""
+        check_cut(self.shape[1], axis, parts, self.group)
+        codes, scales = self._portable().chunk(parts, axis)[part], self.scales.chunk(parts, 1 - axis)[part]
+        return Int4(codes.contiguous().clone(), scales.contiguous().clone())
+
     def _split(self) -> Tensor:
         """Codes (out, in), one a byte."""
         if self.packed:
@@ -253,6 +269,12 @@ class Int4(Quantized):
         if self.packed:
             raise ValueError("this model is packed for this machine; release it before loading other weights into it")
         super()._load_from_state_dict(*args)
+
+
+def check_cut(width: int, axis: int, parts: int, group: int) -> None:
+    """ValueError unless the ``width`` inputs of every part are whole groups."""
+    if width % (group * (count := parts if axis else 1)):
+        raise ValueError(f"{width} inputs are not {count} part(s) of whole groups of {group}")
 
 
 class QuantizedTable(nn.Module):

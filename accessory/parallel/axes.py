@@ -40,13 +40,17 @@ _NAME = re.compile(
 )
 
 
-def shard_rule(name: str, whole: Collection[str] = ()) -> Rule:
-    """How tensor parallelism cuts a parameter. ``whole``: layers that are not cut here (Falcon's one key head)."""
+def shard_rule(name: str, whole: Collection[str] = (), experts: Literal["owned", "cut"] = "owned") -> Rule:
+    """How tensor parallelism cuts a parameter. ``whole``: layers that are not cut here (Falcon's one key head).
+
+    ``experts``: in files an expert is owned by one rank; ``cut`` like any other layer, as in training, every rank has
+    the same work whatever the router chooses.
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         return None
     rest = match["rest"]
-    if match["expert"]:
+    if match["expert"] and experts == "owned":
         return "expert"
     if rest in GATES:
         return GATES[rest]

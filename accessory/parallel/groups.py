@@ -1,6 +1,8 @@
 """Process groups: who we are among the ranks, and the few collectives that training needs.
 
-On one process none of this touches ``torch.distributed``: no group exists and every function is the identity.
+On one process none of this touches ``torch.distributed``: no group exists and every function is the identity. With
+tensor parallelism (:func:`arrange`) consecutive ranks are a *tensor group* that shares one copy of the model and reads
+the same rows; *data ranks* are those with the same place in their tensor groups. Without it all are data ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 _BUCKET = 1 << 24  # elements of one flat all-reduce: 64 MB of fp32
+Over = Literal["data", "tensor", "all"]
+"""The ranks of a collective: those with other rows, those with other parts of the model, or every one."""
+_GROUPS: dict[str, Any] = {}  # "tensor" and "data" beside the group of all, where they differ from it
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,18 @@ def shutdown() -> None:
     if dist.is_available() and dist.is_initialized():
         if sys.exc_info()[0] is None:
             dist.barrier()
+        _GROUPS.clear()
         dist.destroy_process_group()
+
+
+def arrange(tensor: Any, data: Any) -> None:
+    """From now on these are the groups of tensor and of data ranks (:mod:`accessory.parallel.layers` makes them)."""
+    _GROUPS.update(tensor=tensor, data=data)
+
+
+def group(over: Over) -> Any:
+    """The process group of these ranks; None is the one of all."""
+    return _GROUPS.get(over)
 
 
 def rank() -> int:
@@ -82,22 +98,50 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_reduce(tensor: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
+def tensor_size() -> int:
+    """Number of ranks that share a copy of the model."""
+    return dist.get_world_size(_GROUPS["tensor"]) if _GROUPS else 1
+
+
+def tensor_rank() -> int:
+    """Which part of the model this rank holds."""
+    return rank() % tensor_size()
+
+
+def data_size() -> int:
+    """Number of copies of the model, each of which reads rows of its own."""
+    return world_size() // tensor_size()
+
+
+def data_rank() -> int:
+    """Which of the copies this rank has a part of."""
+    return rank() // tensor_size()
+
+
+def _size(over: Over) -> int:
+    return {"data": data_size, "tensor": tensor_size, "all": world_size}[over]()
+
+
+def all_reduce(tensor: Tensor, op: Literal["sum", "max"] = "sum", over: Over = "data") -> Tensor:
     """Sum or maximum over the ranks, in place; returns the tensor."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    if _size(over) > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group(over))
     return tensor
 
 
 def all_reduce_many(tensors: Sequence[Tensor]) -> None:
-    """Sum every tensor over the ranks, in place, a few large messages instead of many small ones."""
-    if world_size() == 1:
+    """Sum every tensor over the data ranks, in place, a few large messages instead of many small ones."""
+    if data_size() == 1:
         return
     for bucket in _buckets(tensors):
         flat = torch.cat([t.reshape(-1) for t in bucket])
-        dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        dist.all_reduce(flat, group=group("data"))
+        _spread(flat, bucket)
+
+
+def _spread(flat: Tensor, bucket: Sequence[Tensor]) -> None:
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -113,17 +157,30 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def broadcast_many(tensors: Sequence[Tensor]) -> None:
-    """Give every rank the values of rank 0, in place."""
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+def broadcast_many(tensors: Sequence[Tensor], over: Over = "data") -> None:
+    """Give every rank the values of the first one, in place."""
+    if _size(over) == 1:
+        return
+    first = {"data": tensor_rank(), "tensor": data_rank() * tensor_size(), "all": 0}[over]
+    for bucket in _buckets(tensors):
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        dist.broadcast(flat, first, group(over))
+        _spread(flat, bucket)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The picklable ``value`` of every rank, in rank order, on every rank."""
-    if world_size() == 1:
+def gather(tensor: Tensor, over: Over) -> list[Tensor]:
+    """The tensors of these ranks in their order, on each of them; all have one shape."""
+    if _size(over) == 1:
+        return [tensor]
+    out = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(_size(over))]
+    dist.all_gather(out, tensor.contiguous(), group(over))
+    return out
+
+
+def gather_objects(value: Any, over: Over = "all") -> list[Any]:
+    """The picklable ``value`` of these ranks, in their order, on every one of them."""
+    if _size(over) == 1:
         return [value]
-    out: list[Any] = [None] * world_size()
-    dist.all_gather_object(out, value)
+    out: list[Any] = [None] * _size(over)
+    dist.all_gather_object(out, value, group(over))
     return out

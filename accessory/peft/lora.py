@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,13 @@ class LowRank(nn.Module):
 
     ``alpha`` None means no factor, as in LLaMA2-Accessory; otherwise the factor is ``alpha / rank`` as in the peft
     library. ``dropout`` acts on the input while training.
+
+    Tensor parallelism sets ``between``, what the ranks do between A and B to meet, and ``cut_input``, (part, parts) of
+    the input where each rank has its own.
     """
+
+    between: Callable[[Tensor], Tensor] | None = None
+    cut_input: tuple[int, int] | None = None
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, alpha: float | None = None, dropout: float = 0.0
@@ -38,9 +45,17 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out) in the dtype of ``x``, whatever the dtype of the parameters."""
-        x = F.dropout(x, self.dropout, self.training)
-        y = F.linear(F.linear(x, self.a.weight.to(x.dtype)), self.b.weight.to(x.dtype))
+        z = F.linear(self._dropped(x), self.a.weight.to(x.dtype))
+        y = F.linear(z if self.between is None else self.between(z), self.b.weight.to(x.dtype))
         return y if self.factor == 1.0 else y * self.factor
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if self.cut_input is None or not self.training or not self.dropout:
+            return F.dropout(x, self.dropout, self.training)
+        # Ranks draw alike: each takes its part of the mask that one process would draw.
+        part, parts = self.cut_input
+        mask = F.dropout(x.new_ones(*x.shape[:-1], x.shape[-1] * parts), self.dropout)
+        return x * mask.chunk(parts, -1)[part]
 
     def matrix(self) -> Tensor:
         """The delta as one (out, in) matrix in fp32 (or wider)."""

@@ -1,5 +1,6 @@
 """The zero-init prefix of LLaMA-Adapter (Zhang et al. 2023, section 3.2), V1 and V2."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,12 +17,14 @@ class ZeroInitPrefix(nn.Module):
     The tokens go raw (no norm) through the layer's own ``wk`` and ``wv``, with whatever hangs on those, and their keys
     are not rotated. The gate is one number per query head, through tanh or raw, and starts at zero: a fresh prefix
     changes nothing. ``new_gate`` adds one more factor for the whole layer, starting at one. ``sees`` False: the tokens
-    stay as they are, whatever the context.
+    stay as they are, whatever the context. Tensor parallelism sets ``between``, through which that factor comes to the
+    heads of this rank.
 
     One token is ImageBind-LLM's attention-free form: its softmax is 1, so that ``gate * wv(token)`` is added.
     """
 
     new_gate: nn.Parameter | None
+    between: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -69,5 +72,6 @@ class ZeroInitPrefix(nn.Module):
         everything = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
         gate = self.gate.float().tanh() if self.tanh else self.gate.float()
         if self.new_gate is not None:
-            gate = gate * self.new_gate.float()
+            factor = self.new_gate.float()
+            gate = gate * (factor if self.between is None else self.between(factor))
         return attend(q, k, v, everything) * gate.to(q.dtype)[:, None, None]

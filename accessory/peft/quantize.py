@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
-from accessory.nn.quantized import GROUPS, Fields, Int4, Int8, Quantized, QuantizedTable
+from accessory.nn.quantized import GROUPS, Fields, Int4, Int8, Quantized, QuantizedTable, check_cut
 from accessory.peft.attach import attached, find_backbone, slotted
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -79,7 +79,7 @@ class NF4(Quantized):
     """Four-bit normal floats in blocks that run through the flat weight; the blocks' scales are quantised once more.
 
     ``codes``: two a byte. ``absmax``: a byte a block; ``nested`` (a scale for every 256 of these) and ``offset`` make
-    numbers of it.
+    numbers of it. A part of a larger one has these numbers themselves, as its blocks do not come in runs of 256.
     """
 
     kind: ClassVar[str] = "nf4"
@@ -133,13 +133,30 @@ class NF4(Quantized):
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in)."""
         library = _bitsandbytes()
-        levels, numbers = _tables(str(self.device))
-        inner = library.QuantState(absmax=self.nested, blocksize=NESTED, code=numbers, dtype=torch.float32)
+        levels, _ = _tables(str(self.device))
         state = library.QuantState(
-            absmax=self.absmax, shape=self._shape, dtype=self._dtype, blocksize=self.group, code=levels,
-            quant_type="nf4", offset=self.offset, state2=inner,
+            absmax=self._scales(), shape=self._shape, dtype=self._dtype, blocksize=self.group, code=levels,
+            quant_type="nf4",
         )  # fmt: skip
         return library.dequantize_4bit(self.codes.view(-1, 1), state).to(dtype or self._dtype)
+
+    def _scales(self) -> Tensor:
+        """The scale of every block, in fp32."""
+        if self.absmax.is_floating_point():
+            return self.absmax
+        numbers = _tables(str(self.device))[1]
+        inner = _bitsandbytes().QuantState(absmax=self.nested, blocksize=NESTED, code=numbers, dtype=torch.float32)
+        scales: Tensor = _bitsandbytes().dequantize_blockwise(self.absmax, inner)
+        return scales + self.offset
+
+    def cut(self, axis: int, part: int, parts: int) -> NF4:
+        """See :class:`accessory.nn.quantized.Quantized`."""
+        check_cut(self._shape[1], axis, parts, self.group)
+        flat = {"codes": self.codes, "absmax": self._scales()}
+        cut = {n: t.view(self._shape[0], -1).chunk(parts, axis)[part] for n, t in flat.items()}
+        rows, width = (size // (parts if axis == i else 1) for i, size in enumerate(self._shape))
+        tensors = {n: t.contiguous().flatten().clone() for n, t in cut.items()}
+        return NF4(tensors, (rows, width), self.group, self._dtype)
 
 
 CLASSES: dict[str, type[Int8] | type[Int4] | type[NF4]] = {"int8": Int8, "int4": Int4, "nf4": NF4}

@@ -6,12 +6,13 @@ any moment leaves either the old checkpoints alone or a folder without the marke
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from accessory.parallel import groups
 
 MARKER = "COMPLETE"
 _STEP = re.compile(r"^step-(\d{6,})$")
@@ -40,6 +43,19 @@ class Checkpoint:
     state: Mapping[str, Any]
     texts: Mapping[str, str] = field(default_factory=dict)
     average: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What goes wrong on rank 0 is raised on every rank: one that went on alone would wait for ever."""
+    error: str | None = None
+    try:
+        yield
+    except (CheckpointError, OSError) as failure:
+        error = str(failure)
+    failed = groups.gather_objects(error)[0]
+    if failed:
+        raise CheckpointError(failed)
 
 
 def folder(output_dir: str | Path, step: int) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from accessory.parallel.layout import ParallelConfig
 
 _OF_TRAIN = ("train.seed", "train.accumulation", "train.batch_size", "train.optimizer")
 _FIXED = ("model", "generator", "objective", "data", *_OF_TRAIN)
@@ -84,7 +86,8 @@ class EmaConfig:
 class TrainConfig:
     """A run of ``max_steps`` updates, or of ``max_seconds``, whichever ends first.
 
-    ``batch_size`` counts samples of one micro-batch on one rank; an update sees ``batch_size x accumulation x ranks``.
+    ``batch_size`` counts samples of one micro-batch on one data rank; an update sees ``batch_size x accumulation x data
+    ranks``, of which there are as many as processes, or that number divided by ``parallel.tensor``.
     ``global_batch`` states that product in place of ``accumulation``, so that an experiment is the same on any number
     of ranks.
     ``schedule_by='time'`` lets the cosine follow the wall clock, so that a run with a fixed time budget ends with a
@@ -122,6 +125,7 @@ class TrainConfig:
     schedule_by: Literal["steps", "time"] = "steps"
     tensorboard: bool = True
     ema: EmaConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "batch_size", "accumulation", "checkpoint_every", "keep_last", "log_every")
@@ -142,6 +146,8 @@ class TrainConfig:
             raise ValueError(f"clip_norm {self.clip_norm} must be positive; null means no clipping")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise ValueError(f"max_seconds {self.max_seconds} must be positive; null means no limit")
+        if self.optimizer == "muon" and self.parallel != ParallelConfig():
+            raise ValueError("optimizer muon needs whole matrices: with it, parallel.tensor is 1 and parallel.data ddp")
         if self.schedule_by == "time" and self.max_seconds is None:
             raise ValueError("schedule_by is 'time', which needs max_seconds")
 

@@ -21,6 +21,7 @@ from accessory.models import build
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.generator import Generator, GeneratorConfig, build_generator, saved_state
 from accessory.parallel import groups
+from accessory.parallel.layout import ParallelConfig
 from accessory.schema import Encoded
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
@@ -75,6 +76,8 @@ def run(
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
     if config.init is not None and checkpoint.resolve(resume, config.train.output_dir) is None:
         warm_start(generator, build.base_folder(config.init))
+    if config.train.parallel != ParallelConfig():
+        raise ValueError(f"train.parallel {config.train.parallel}: a generator lies whole on every rank so far")
     encoder = row_encoder(config, generator)
     size = max(generator.size[0], encoder.tile_size)  # dialogues show some pictures that others draw
     source = open_loader(config.data, config.train, encoder, size, folder, cache)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from accessory import config as configs
 from accessory import log
 from accessory.parallel import groups
+from accessory.parallel.layout import Layout
 from accessory.schema import Batch
 from accessory.train import blocks as block_tools
 from accessory.train import checkpoint, rng
@@ -62,13 +63,14 @@ class Hooks:
 
     ``blocks``: modules for block checkpointing and compilation. ``export``: tensors of the final export (default: the
     trainable ones). ``resolved``: the configuration as YAML, kept beside every checkpoint. ``texts``: files of
-    the final export by name, over those of a checkpoint.
+    the final export by name, over those of a checkpoint. ``layout``: what ``parallelize`` made of ``train.parallel``.
     """
 
     blocks: Iterable[nn.Module] = ()
     export: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     resolved: str = ""
     texts: Mapping[str, str] = field(default_factory=dict)
+    layout: Layout = field(default_factory=Layout)
 
 
 def train(
@@ -108,7 +110,10 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.model, self.source, self.objective, self.config, self.hooks = model, source, objective, config, hooks
         self.output_dir = Path(config.output_dir)
-        self.optimizer = Optimizer(model, config)
+        self.layout = hooks.layout
+        if self.layout.plan != config.parallel:
+            raise ValueError(f"train.parallel is {config.parallel}, but the model was laid out as {self.layout.plan}")
+        self.optimizer = Optimizer(model, config, self.layout)
         self.device = next(iter(self.optimizer.parameters.values())).device
         self.buffers = trained_buffers(model)
         self.step, self.clock, self.window = 0, Clock(), Window()
@@ -116,8 +121,9 @@ class Trainer:
         self.row: dict[str, Any] = {}
         self.numbers: tuple[float, float, Mapping[str, Tensor]] | None = None  # of the last update: lr, norm, norms
         self.versions = json.dumps(configs.versions(), indent=2)
-        rng.seed_all(config.seed + groups.rank())
-        groups.broadcast_many([p.data for p in (*self.optimizer.masters.values(), *self.buffers.values())])
+        rng.seed_all(config.seed + groups.data_rank())
+        copies = {n: p.data for n, p in self.trainable().items() if not self.layout.summed(n)}
+        groups.broadcast_many(list(copies.values()))
         self.optimizer.publish()
         self.average = None if config.ema is None else Average(config.ema, self.optimizer.masters)
         self.part_norms: dict[str, float] = {}
@@ -159,7 +165,7 @@ class Trainer:
         if groups.world_size() == 1:
             return self.clock.elapsed, received
         both = torch.tensor([self.clock.elapsed, float(received)], dtype=torch.float64, device=self.device)
-        elapsed, number = groups.all_reduce(both, "max").tolist()
+        elapsed, number = groups.all_reduce(both, "max", "all").tolist()
         return elapsed, int(number)
 
     def _reason(self, elapsed: float, number: int) -> str | None:
@@ -197,7 +203,7 @@ class Trainer:
         count = sums["count"]
         self._check(sums["loss"], losses, sources, count)
         gradients = self.optimizer.gradients()
-        groups.all_reduce_many(gradients)
+        self.optimizer.reduce()
         torch._foreach_div_(gradients, count)
         norm, norms = self.optimizer.clip()
         total = float(norm)
@@ -224,7 +230,7 @@ class Trainer:
         waited, batches = self._window()
         parts = self.objective if isinstance(self.objective, PartObjective) else None
         due = parts is not None and parts.norms_every and (self.step + 1) % parts.norms_every == 0
-        part_norms = PartNorms(self.optimizer.parameters) if due else None
+        part_norms = PartNorms(self.optimizer.parameters, self.layout) if due else None
         for batch in batches:
             begin = time.monotonic()
             batch = batch or self._next()
@@ -282,7 +288,7 @@ class Trainer:
             raise ValueError(f"step {self.step + 1}: no token to learn in the batches of {source_names(sources)}")
 
     def _diverged(self, what: str, sources: list[tuple[str, ...]]) -> None:
-        everywhere = [s for part in groups.gather_objects(sources) for s in part]
+        everywhere = [s for part in groups.gather_objects(sources, "data") for s in part]
         good = checkpoint.latest(self.output_dir)
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         come = source_names(everywhere)
@@ -313,8 +319,12 @@ class Trainer:
         target = checkpoint.folder(self.output_dir, self.step)
         if self.saved == target:
             return target
-        ranks = groups.gather_objects({"data": self.source.state_dict(), "rng": rng.state()})
-        with self._together():
+        ranks = groups.gather_objects({"data": self.source.state_dict(), "rng": rng.state()}, "data")
+        average = {} if self.average is None else self.average.values
+        trainable, optimizer, average = (
+            self.layout.whole(t) for t in (self.trainable(), self.optimizer.state(), average)
+        )
+        with checkpoint.together():
             if self.metrics is not None:
                 state = {
                     "step": self.step,
@@ -323,25 +333,11 @@ class Trainer:
                     "window": self.window.state(),
                     "ranks": ranks,
                 }
-                average = {} if self.average is None else self.average.values
-                optimizer, texts = self.optimizer.state(), self._texts()
-                content = checkpoint.Checkpoint(self.trainable(), optimizer, state, texts, average)
+                content = checkpoint.Checkpoint(trainable, optimizer, state, self._texts(), average)
                 checkpoint.save(self.output_dir, self.step, content)
                 checkpoint.prune(self.output_dir, self.config.keep_last)
         self.saved = target
         return target
-
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """What goes wrong on rank 0 is raised on every rank: one that went on alone would wait for ever."""
-        error: str | None = None
-        try:
-            yield
-        except (checkpoint.CheckpointError, OSError) as failure:
-            error = str(failure)
-        failed = groups.gather_objects(error)[0]
-        if failed:
-            raise checkpoint.CheckpointError(failed)
 
     def _texts(self) -> dict[str, str]:
         return {"config.yaml": self.hooks.resolved or configs.dump(self.config), "versions.json": self.versions}
@@ -352,9 +348,9 @@ class Trainer:
         swap: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.average is not None and self.average.config.export:
             swap = self.average.applied(self.optimizer.publish)
-        with self._together(), swap:
+        with checkpoint.together(), swap:
+            state = self.layout.whole(self.trainable() if self.hooks.export is None else self.hooks.export(self.model))
             if self.metrics is not None:
-                state = self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
                 texts = {**self._texts(), **self.hooks.texts}  # with the tensors, so that no half of it is ever seen
                 checkpoint.write_folder(target, {"trainable.safetensors": state}, texts)
         return target
@@ -365,21 +361,20 @@ class Trainer:
         self._compare(path)
         own = self.trainable()
         check_names(content.trainable, own, f"{path}/trainable.safetensors")
-        ranks = content.state["ranks"]
-        if len(ranks) != groups.world_size():
-            raise checkpoint.CheckpointError(
-                f"{path} was made by {len(ranks)} ranks, this run has {groups.world_size()}"
-            )
+        ranks, size = content.state["ranks"], groups.data_size()
+        if len(ranks) != size:
+            what = "ranks" if self.layout.plan.tensor == 1 else "data ranks"
+            raise checkpoint.CheckpointError(f"{path} was made by {len(ranks)} {what}, this run has {size}")
         with torch.no_grad():
-            for name, value in content.trainable.items():
+            for name, value in self.layout.own(content.trainable).items():
                 if value.shape != own[name].shape:
                     raise ValueError(f"{path}: {name} has shape {list(value.shape)}, not {list(own[name].shape)}")
                 own[name].copy_(value)
         self.optimizer.publish()
-        self.optimizer.load_state(content.optimizer)
+        self.optimizer.load_state(self.layout.own(content.optimizer))
         if self.average is not None:
-            self.average.load(content.average)
-        mine = ranks[groups.rank()]
+            self.average.load(self.layout.own(content.average))
+        mine = ranks[groups.data_rank()]
         self.source.load_state_dict(mine["data"])
         self.step, self.saved = content.state["step"], None
         if path.resolve().parent == self.output_dir.resolve():

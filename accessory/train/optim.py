@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accessory.parallel import groups
+from accessory.parallel.layout import Layout, local
 from accessory.train.config import TrainConfig
 
 # Parts of a dotted name that mark a parameter as a vector or a gate in spirit, whatever its shape.
@@ -67,17 +69,17 @@ class Optimizer:
 
     A trainable parameter that is not fp32 gets an fp32 master, which collects the gradients of a window and is what
     is updated; the parameter itself is its rounded copy. fp32 parameters are their own masters.
+
+    Of parameters that ``layout`` cuts, this rank updates its part.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, layout: Layout | None = None) -> None:
         self.config = config
+        self.layout = layout or Layout()
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("the model has no trainable parameter: attach something or unfreeze some by pattern")
-        self.masters: dict[str, Tensor] = {
-            n: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for n, p in self.parameters.items()
-        }
+        self.masters = {n: _master(p) for n, p in self.parameters.items()}
         # Names that never received a gradient, though nothing says that they may go without.
         self.unseen = set(self.parameters) - _seldom(model)
         self.groups = _groups(self.parameters, config)
@@ -107,7 +109,8 @@ class Optimizer:
             self.unseen.discard(name)
             master = self.masters[name]
             if master is not parameter:
-                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                grad = local(parameter.grad)
+                master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
                 parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
@@ -119,16 +122,22 @@ class Optimizer:
             out.append(master.grad)
         return out
 
+    def reduce(self) -> None:
+        """Sum the gradients over all ranks that had other rows; the sums are the same wherever they are held."""
+        self.layout.agree(named := dict(zip(self.masters, self.gradients(), strict=True)))
+        groups.all_reduce_many([g for n, g in named.items() if not self.layout.summed(n)])
+
     def clip(self, order: float = 2.0) -> tuple[Tensor, dict[str, Tensor]]:
         """Scale the gradients down to ``clip_norm``. Returns the norm before, of all and of each group by its name.
 
         ``order``: of the norm; infinity is the largest entry.
         """
-        norms: dict[str, list[Tensor]] = {}
+        norms: dict[str, dict[str, Tensor]] = {}
         for (label, _, _), names in self.groups.items():
-            grads = [g for g in (self.masters[n].grad for n in names) if g is not None]
-            norms.setdefault(label, []).extend(torch._foreach_norm(grads, order))
-        per_group = {label: torch.linalg.vector_norm(torch.stack(parts), order) for label, parts in norms.items()}
+            grads = {n: g for n in names if (g := self.masters[n].grad) is not None}
+            found = torch._foreach_norm(list(grads.values()), order)
+            norms.setdefault(label, {}).update(zip(grads, found, strict=True))
+        per_group = self.layout.norms(norms, order)
         total = torch.linalg.vector_norm(torch.stack(list(per_group.values())), order)
         limit = self.config.clip_norm
         if limit is not None:
@@ -154,8 +163,9 @@ class Optimizer:
     def publish(self) -> None:
         """Copy the masters into their low-precision parameters."""
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+            own, master = local(parameter), self.masters[name]
+            if master is not parameter and (own.dtype != master.dtype or own.data_ptr() != master.data_ptr()):
+                own.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
         """Moments as flat tensors named ``<moment>/<parameter>``."""
@@ -195,6 +205,13 @@ def _beside(master: Tensor, value: Tensor) -> Tensor:
     if value.shape != master.shape:
         return value.to(master.device, copy=True)
     return torch.empty_like(master, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    own = local(parameter.detach())
+    if own.dtype != torch.float32:
+        return own.float().requires_grad_()
+    return parameter if local(parameter) is parameter else own.requires_grad_()
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accessory.parallel import groups
+from accessory.parallel.layout import Layout
 from accessory.schema import Batch
 
 
@@ -38,8 +39,10 @@ class RestingObjective(Protocol):
 class PartNorms:
     """Gradients of the parts, summed over the micro-batches of an update."""
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._parameters = list(parameters.values())
+    def __init__(self, parameters: Mapping[str, Tensor], layout: Layout) -> None:
+        if layout.plan.data == "fsdp":
+            raise ValueError("norms_every needs whole parameters on every data rank: set train.parallel.data to ddp")
+        self._names, self._parameters, self._layout = list(parameters), list(parameters.values()), layout
         self._sums: dict[str, list[Tensor]] = {}
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
@@ -55,8 +58,8 @@ class PartNorms:
 
     def norms(self, count: float) -> dict[str, float]:
         """``grad_norm/PART`` of the gradients over all ranks, divided by ``count``."""
-        out = {}
+        found = {}
         for name, sums in self._sums.items():
             groups.all_reduce_many(sums)
-            out[f"grad_norm/{name}"] = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(sums)))) / count
-        return out
+            found[f"grad_norm/{name}"] = dict(zip(self._names, torch._foreach_norm(sums), strict=True))
+        return {name: float(norm) / count for name, norm in self._layout.norms(found).items()}

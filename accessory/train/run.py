@@ -24,6 +24,8 @@ from accessory.models import build
 from accessory.models.align import Aligner, match_scale
 from accessory.models.build import Model, ModelConfig
 from accessory.parallel import groups
+from accessory.parallel.layout import Layout
+from accessory.parallel.shard import parallelize
 from accessory.peft.attach import trainable_state
 from accessory.schema import Batch, Encoded
 from accessory.train import checkpoint, rng
@@ -95,23 +97,27 @@ def run(
     Beside the model's own files it holds ``run.yaml``, the experiment as it was resolved, and ``sources.yaml``, its
     data configuration.
     """
-    config = replace(config, train=config.train.on(groups.world_size()))
+    config = replace(config, train=config.train.on(groups.world_size() // config.train.parallel.tensor))
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)
     objective = DialogueObjective(config.objective, model.tokenizer, cache)
     objective.prepare(model.net)
     minimised = grouped(config, objective, model.net)
-    model.net.to(device)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
     if config.init is not None and fresh:
         warm_start(model.net, build.base_folder(config.init))
+    layout = Layout()
+    if dry_run:
+        model.net.to(device)
+    else:
+        layout = parallelize(model.net, config.train.parallel, list(model.net.backbone.layers), device)
     size = model.config.tiling.size
     source = open_loader(config.data, config.train, model.encoder, size, folder, cache)
     if config.match_scale and fresh:
         _match_scale(model, source)
-    describe(model.net, source)
+    describe(model.net, source, layout)
     # With all that the base decides, and which one it was: a resume asks whether it is still the same.
     resolved = configuration.dump(replace(config, model=model.config))
     if dry_run:
@@ -122,6 +128,7 @@ def run(
         export=lambda net: build.exported(net),
         resolved=resolved,
         texts=export_texts(model.config, resolved, config.data, folder),
+        layout=layout,
     )
     with reported(source.ledger):
         return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
@@ -147,6 +154,8 @@ def grouped(config: RunConfig, objective: Objective, net: nn.Module) -> Objectiv
         raise ValueError(
             "train.block_checkpointing runs blocks again when objective.disjoint has thawed them; leave one of them out"
         )
+    if groups and config.train.parallel.data == "fsdp":
+        raise ValueError("objective.disjoint freezes what it does not train; with it, train.parallel.data is ddp")
     return DisjointObjective(objective, groups, net) if groups else objective
 
 
@@ -213,15 +222,17 @@ def open_loader(
     """The batches of this rank; ``size``: side in pixels of the built-in sets' pictures."""
     sources = load_sources(sources_file(data, folder), cache=cache, seed=train.seed, size=size)
     rows = sum(len(s) for s in sources)  # a small set is judged once it was read, not after 25 epochs
-    ledger = Ledger(Path(train.output_dir) / "rejected.jsonl", max_rate=data.max_bad_rate, after=min(200, rows))
+    # Ranks of a tensor group read the same rows, and one of them keeps the book.
+    book = None if groups.tensor_rank() else Path(train.output_dir) / "rejected.jsonl"
+    ledger = Ledger(book, max_rate=data.max_bad_rate, after=min(200, rows))
     return Loader(
         Mixture(sources, train.seed),
         encoder,
         train.batch_size,
         num_workers=data.workers,
         window=data.window,
-        rank=groups.rank(),
-        world=groups.world_size(),
+        rank=groups.data_rank(),
+        world=groups.data_size(),
         ledger=ledger,
     )
 
@@ -239,7 +250,7 @@ def reported(ledger: Ledger) -> Iterator[None]:
 
 def report_rejected(ledger: Ledger, *, together: bool = False) -> None:
     """Say how many rows this rank, or all ranks ``together``, could not use, and where they are listed."""
-    ranks = groups.gather_objects(ledger.state_dict()) if together else [ledger.state_dict()]
+    ranks = groups.gather_objects(ledger.state_dict(), "data") if together else [ledger.state_dict()]
     bad, seen = (sum(rank[name] for rank in ranks) for name in ("bad", "seen"))
     if bad:
         LOG.warning("%d of %d rows rejected, see %s", bad, seen, ledger.path)
@@ -267,14 +278,16 @@ def _learned(row: Encoded, model: Model) -> str:
     return f"; ⟦what is learned⟧:\n{render_row(row, model.tokenizer)}"
 
 
-def describe(net: nn.Module, source: Loader) -> None:
+def describe(net: nn.Module, source: Loader, layout: Layout | None = None) -> None:
     """Say what trains and on what."""
+    layout = layout or Layout()
+    sizes = {name: layout.numel(name, p) for name, p in net.named_parameters()}
     parts: dict[str, int] = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
             part = name.split(".")[0]
-            parts[part] = parts.get(part, 0) + p.numel()
-    total = sum(p.numel() for p in net.parameters())
+            parts[part] = parts.get(part, 0) + sizes[name]
+    total = sum(sizes.values())
     trained = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in parts.items()) or "nothing"
     LOG.info("%.1f M parameters, trained: %s", total / 1e6, trained)
     for s in source.mixture.sources:

@@ -12,13 +12,13 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 
-def _one(fn: Callable[[int], Any], rank: int, world: int, store: str, queue: Queue[Any]) -> None:
+def _one(fn: Callable[[int], Any], rank: int, world: int, store: str, queue: Queue[Any], seconds: float) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        limit = timedelta(seconds=60)
+        limit = timedelta(seconds=seconds)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
         queue.put((rank, None, fn(rank)))
         dist.barrier()
@@ -30,8 +30,10 @@ def _one(fn: Callable[[int], Any], rank: int, world: int, store: str, queue: Que
     os._exit(0)  # no atexit work of the parent's fixtures
 
 
-def run_ranks(fn: Callable[[int], Any], world: int = 2) -> list[Any]:
+def run_ranks(fn: Callable[[int], Any], world: int = 2, seconds: float = 60) -> list[Any]:
     """What ``fn(rank)`` returns on each of ``world`` ranks of one gloo group (plain values or NumPy arrays).
+
+    A rank that waits longer than ``seconds`` for the others fails.
 
     Raises:
         RuntimeError: with the traceback of the first rank that failed.
@@ -39,12 +41,12 @@ def run_ranks(fn: Callable[[int], Any], world: int = 2) -> list[Any]:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [(fn, rank, world, f"{folder}/store", queue) for rank in range(world)]
+        arguments = [(fn, rank, world, f"{folder}/store", queue, seconds) for rank in range(world)]
         ranks = [context.Process(target=_one, args=a) for a in arguments]
         for process in ranks:
             process.start()
         try:
-            found = [queue.get(timeout=120) for _ in ranks]
+            found = [queue.get(timeout=300) for _ in ranks]
         finally:
             for process in ranks:
                 process.join(timeout=10)

@@ -50,6 +50,22 @@ def scores(model: Llama, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_parts_of_a_kernel_have_its_values(name: str) -> None:
+    torch.manual_seed(1)
+    kernel = module.quantized(SPECS[name], torch.randn(96, 256))
+    whole = kernel.dequantized()
+    for axis in (0, 1):
+        parts = [kernel.cut(axis, i, 2) for i in (0, 1)]
+        assert torch.equal(torch.cat([p.dequantized() for p in parts], axis), whole)
+        assert not torch.equal(*(p.dequantized() for p in parts))
+        x = torch.randn(3, parts[0].shape[1])
+        assert torch.allclose(parts[0].joined(x), x @ parts[0].dequantized().T, atol=1e-4)
+    if name != "int8":
+        with pytest.raises(ValueError, match=r"256 inputs are not 16 part\(s\) of whole groups"):
+            kernel.cut(1, 0, 16)
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_is_the_product_with_its_dequantised_weight(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)

@@ -1,0 +1,151 @@
+"""Which part of every tensor lies on which rank: cutting whole tensors, joining parts, norms of what is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from accessory.parallel import groups
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks share a model. Each ``tensor`` consecutive ones hold one copy of it, and read the same rows.
+
+    ``data``: among copies, ``ddp`` keeps all of it on each; ``fsdp`` cuts the parameters of every block, their
+    gradients and their moments into as many parts as there are copies.
+    """
+
+    tensor: int = 1
+    data: Literal["ddp", "fsdp"] = "ddp"
+
+    def __post_init__(self) -> None:
+        if self.tensor < 1:
+            raise ValueError(f"parallel.tensor is {self.tensor}, it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where parts of a parameter lie. ``axis``: cut over the ranks of a tensor group, None: each holds all of it.
+    ``rows``: of the tensor rank's part, cut over the data ranks; None: each holds all of them."""
+
+    axis: int | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan and the places of parameters by name; one that is not listed lies whole on every rank.
+
+    Tensors named ``moment/parameter`` lie as their parameter does; a scalar is the same everywhere.
+    """
+
+    plan: ParallelConfig = field(default_factory=ParallelConfig)
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+    def place(self, name: str) -> Place:
+        """Of the parameter ``name``, or of the one that ``moment/name`` belongs to."""
+        return self.places.get(name.rpartition("/")[2], Place())
+
+    def numel(self, name: str, parameter: Tensor) -> int:
+        """Entries of the whole parameter."""
+        return parameter.numel() * (1 if self.place(name).axis is None else self.plan.tensor)
+
+    def summed(self, name: str) -> bool:
+        """Whether the backward pass itself has summed the gradient over the data ranks."""
+        return self.place(name).rows is not None
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors of what all ranks hold parts of, on rank 0 and in its main memory; nothing elsewhere.
+
+        One tensor at a time is gathered; every rank must call this with the same names in the same order.
+        """
+        if not self.places:
+            return {name: local(tensor) for name, tensor in tensors.items()}
+        out: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            part = local(tensor.detach())
+            place = self.place(name)
+            if part.ndim and place.rows is not None:
+                part = _joined_rows(part, place.rows)
+            if part.ndim and place.axis is not None:
+                part = torch.cat(groups.gather(part, "tensor"), place.axis)
+            if groups.rank() == 0:
+                out[name] = part.cpu()
+        return out
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's parts of whole tensors: the inverse of :meth:`whole`.
+
+        Raises:
+            ValueError: for a tensor that cannot be cut so, naming it.
+        """
+        return {name: self._own(name, tensor) for name, tensor in tensors.items()}
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        place = self.place(name)
+        if not tensor.ndim:
+            return tensor
+        if place.axis is not None:
+            tensor = share(name, tensor, place.axis)
+        if place.rows is None:
+            return tensor
+        if len(tensor) != place.rows:
+            raise ValueError(f"{name} has {len(tensor)} rows on a tensor rank, not {place.rows}")
+        size = -(-place.rows // groups.data_size())
+        start = min(groups.data_rank() * size, place.rows)
+        return tensor[start : start + size]
+
+    def agree(self, gradients: Mapping[str, Tensor]) -> None:
+        """Give all ranks of a tensor group the first one's gradients of what each of them holds whole, in place.
+
+        They are equal but for the order in which a device added up; without this, copies would drift apart.
+        """
+        if self.plan.tensor > 1:
+            groups.broadcast_many([g for n, g in gradients.items() if self.place(n).axis is None], "tensor")
+
+    def norms(self, parts: Mapping[str, Mapping[str, Tensor]], order: float = 2.0) -> dict[str, Tensor]:
+        """Norms of whole gradients, from labels to the norms of this rank's parts by parameter name."""
+        if not self.places:
+            return {n: torch.linalg.vector_norm(torch.stack(list(p.values())), order) for n, p in parts.items()}
+        rows = []
+        for found in parts.values():
+            local_norms = torch.stack(list(found.values())).double()
+            if order == torch.inf:
+                rows.append(local_norms.max())
+            else:
+                # A part that several ranks hold is counted by each of them for its share.
+                shares = torch.tensor([1 / self._copies(n) for n in found], dtype=torch.float64)
+                rows.append((local_norms**order * shares.to(local_norms.device)).sum())
+        total = groups.all_reduce(torch.stack(rows), "max" if order == torch.inf else "sum", "all")
+        total = total if order == torch.inf else total ** (1 / order)
+        return dict(zip(parts, total.float().unbind(), strict=True))
+
+    def _copies(self, name: str) -> int:
+        place = self.place(name)
+        return (self.plan.tensor if place.axis is None else 1) * (groups.data_size() if place.rows is None else 1)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share(name: str, tensor: Tensor, axis: int) -> Tensor:
+    """This tensor rank's part of a whole tensor, a view of it; ValueError where it cannot be cut evenly."""
+    size = groups.tensor_size()
+    if axis >= tensor.ndim or tensor.shape[axis] % size:
+        raise ValueError(f"parallel.tensor {size} does not divide axis {axis} of {name} {tuple(tensor.shape)}")
+    return tensor.chunk(size, axis)[groups.tensor_rank()]
+
+
+def _joined_rows(part: Tensor, rows: int) -> Tensor:
+    size = -(-rows // groups.data_size())
+    padded = part.new_zeros(size, *part.shape[1:])
+    padded[: len(part)] = part
+    return torch.cat(groups.gather(padded, "data"))[:rows]

@@ -79,7 +79,7 @@ class Entrance:
         return shared
 
 
-class ColumnLinear(Linear, ColumnParallelLinear):  # type: ignore[misc]  # fairscale has no types
+class ColumnLinear(Linear, ColumnParallelLinear):
     """Some output rows of a linear: (..., in) -> (..., out / ranks), or all of them with ``gather``."""
 
     def __init__(self, plain: Linear, entrance: Entrance, gather: bool = False) -> None:
@@ -97,7 +97,7 @@ class ColumnLinear(Linear, ColumnParallelLinear):  # type: ignore[misc]  # fairs
         return cast(Tensor, gather_from_model_parallel_region(y)) if self.gather_output else y
 
 
-class RowLinear(Linear, RowParallelLinear):  # type: ignore[misc]
+class RowLinear(Linear, RowParallelLinear):
     """Some input columns of a linear: this rank's part of (..., in) -> the whole (..., out)."""
 
     def __init__(self, plain: Linear) -> None:
@@ -112,7 +112,7 @@ class RowLinear(Linear, RowParallelLinear):  # type: ignore[misc]
         return self.finish(summed(product(x, self.weight)), x)
 
 
-class Embedding(ParallelEmbedding):  # type: ignore[misc]
+class Embedding(ParallelEmbedding):
     """A table of which every rank holds part of the width; (B, T) -> (B, T, D)."""
 
     weight: Tensor

@@ -243,7 +243,7 @@ def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
     if tower is not None and config.resampler is not None:
         r = config.resampler
         sizes = {"length": r.length, "width": r.width, "depth": r.depth, "heads": r.heads}
-        known = None if r.neighbours is None else next(iter(read_file(find(r.neighbours)).values()))
+        known = None if r.neighbours is None else _only(find(r.neighbours))
         resampler = resampler_of.make(r.kind, tower.width, backbone.config.dim, vectors=known, **sizes)
     if tower is not None and config.tiling.size != tower.size:
         raise ValueError(f"tiling.size is {config.tiling.size}, the tower {config.tower} takes {tower.size} pixels")
@@ -251,6 +251,14 @@ def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
     if config.tuning:
         attach(net, config.tuning, dtype=torch.float32)
     return net
+
+
+def _only(path: Path) -> Tensor:
+    """The tensor of a file that holds one."""
+    found = list(read_file(path).values())
+    if len(found) != 1:
+        raise ValueError(f"resampler.neighbours: {path} holds {len(found)} tensors, it must be one of vectors (N, C)")
+    return found[0]
 
 
 def _asset(reference: str, cache: Path | None) -> Path:

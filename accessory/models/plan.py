@@ -328,8 +328,8 @@ def overview(kinds: Sequence[str], rates: Rates, loads: Mapping[str, int]) -> st
         f"{shown(f'tokens/s {k}' for k in kinds)} |",
         "|---|---|" + "---:|" * (6 + 2 * len(kinds)),
     ]
-    for name, (_, row) in published().items():
-        subject = find(name)
+    for name, (joint, row) in published().items():
+        subject = _published(name, joint, row)
         load = replace(subject.load(), **loads)
         plans = [plan(subject, kind, load, rates) for kind in kinds]
         first = plans[0]

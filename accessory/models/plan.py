@@ -228,6 +228,8 @@ def find(name: str) -> Subject:
         if name.lower() in (kind.lower(), *map(str.lower, row.released)) and not Path(name).exists():
             return _published(name if name in row.released else kind, joint, row)
     folder = build.find(name)
+    if build.is_generator(folder):
+        raise ValueError(f"{name} is a generator; plan is for models that read and speak")
     if (folder / CONFIG_FILE).is_file():
         return _of_folder(name, folder)
     if (folder / "config.json").is_file():

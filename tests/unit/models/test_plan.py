@@ -195,6 +195,8 @@ def test_names() -> None:
     assert nano.backbone == SIZES["smollm2-135m"]
     assert 4 * 5e6 < nano.rest < 4 * 30e6
     assert (nano.tower, nano.positions) == ("efficientnet-lite0", 17)
+    with pytest.raises(ValueError, match="nano-dit is a generator; plan is for"):
+        find(str(ROOT / "weights" / "nano-dit"))
     with pytest.raises(ValueError, match="did you mean llama2-13b"):
         find("llama2-13")
     with pytest.raises(ValueError, match="sizes are: llama-7b"):

@@ -66,10 +66,10 @@ class Encoder:
         self.dream = dream
         self.max_tiles = max_tiles
 
-    def under(self, template: Template) -> Encoder:
-        """The same, writing dialogues by another template."""
+    def under(self, template: Template, dream: DreamLayout | None = None) -> Encoder:
+        """The same, writing dialogues by another template, and the assistant's pictures as ``dream`` says."""
         made = copy.copy(self)
-        made.template = template
+        made.template, made.dream = template, self.dream if dream is None else dream
         return made
 
     @property

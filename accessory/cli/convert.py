@@ -123,8 +123,7 @@ def _convert(
     from accessory.backbone.gguf import load_gguf, single_file
     from accessory.backbone.store import cast
     from accessory.backbone.weights import from_tensors, read_folder
-    from accessory.data import tokenizer
-    from accessory.models.gate import hold, measure, text_rows
+    from accessory.models.gate import hold, measure
 
     def read() -> tuple[LlamaConfig, dict[str, Tensor]]:
         if layout == "gguf" and not args.overlay:
@@ -132,7 +131,7 @@ def _convert(
         return read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)  # type: ignore[arg-type]
 
     config, tensors = read()
-    rows = [] if words is None else text_rows(tokenizer.load(words))
+    rows = [] if words is None else _texts(words)
     before = None if args.skip_gate else measure(from_tensors(config, tensors), rows)
     held = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters"
     if spec is not None:
@@ -250,6 +249,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--llama-type, --clip-activation, --prefix-gate and --bgr need --to model")
 
 
+def _texts(words: Path) -> list[Row]:
+    """The fixed texts in the words of a tokenizer; none, and ids are asked instead, where it cannot be read."""
+    from accessory.data import tokenizer
+    from accessory.models.gate import text_rows
+
+    try:
+        return text_rows(tokenizer.load(words))
+    except ValueError as error:
+        print(f"{error}: the model is compared by ids in place of texts", file=sys.stderr)
+        return []
+
+
 def _pictured(args: argparse.Namespace) -> int:
     """A model with its encoders, or with prefixes, which no plain language model has."""
     from accessory.backbone.hf import has_tokenizer
@@ -309,7 +320,7 @@ def _trained(args: argparse.Namespace, spec: Quantization | None) -> int:
     moved = SKIPPED
     if not args.skip_gate:
         bound = None if spec is None else _bound(args, spec)
-        found = hold_export(args.src, args.dst, dtype, args.tolerance, bound)
+        found = hold_export(args.src, args.dst, dtype, args.tolerance, bound, args.base)
         moved = _moved(found) if isinstance(found, float) else f"moved by {found}"
     count, size = (sum(f(t) for t in made.tensors.values()) for f in (torch.Tensor.numel, lambda t: t.nbytes))
     kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in made.tensors.values()}))

@@ -66,10 +66,12 @@ class Encoder:
         self.dream = dream
         self.max_tiles = max_tiles
 
-    def under(self, template: Template) -> Encoder:
-        """The same, writing dialogues by another template."""
+    def under(self, template: Template, dream: DreamLayout | None = None, max_length: int | None = None) -> Encoder:
+        """The same, writing dialogues by another template; what is None stays too."""
         made = copy.copy(self)
         made.template = template
+        made.dream = self.dream if dream is None else dream
+        made.max_length = self.max_length if max_length is None else max_length
         return made
 
     @property

@@ -46,13 +46,24 @@ def open_rows(path: Path) -> Rows:
         if kind == ".json":
             return Listed(_json(path))
         if kind in (".csv", ".tsv"):
-            with path.open(newline="", encoding="utf-8") as file:
-                return Listed(list(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")))
+            return Listed(_table(path, "\t" if kind == ".tsv" else ","))
         if kind == ".parquet":
             return Parquet(path)
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     raise ValueError(f"{path}: a data file ends in .json, .jsonl, .csv, .tsv or .parquet")
+
+
+def _table(path: Path, mark: str) -> list[Any]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: list[Any] = list(csv.DictReader(file, delimiter=mark))
+    for i, row in enumerate(rows if mark == "\t" else ()):
+        if any(isinstance(v, str) and "\n" in v and mark in v for v in row.values()):
+            raise ValueError(
+                f"{path}: row {i} holds line breaks and tabs between quotation marks: one that begins a text has taken "
+                "in the rows behind it; double it and put the text in quotes, or write .jsonl"
+            )
+    return rows
 
 
 def _json(path: Path) -> list[Any]:

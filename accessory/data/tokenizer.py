@@ -262,7 +262,10 @@ def load(path: Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"no tokenizer file at {path}")
     if path.suffix == ".model":
-        pieces = _SentencePiece(path.read_bytes())
+        try:
+            pieces = _SentencePiece(path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no sentencepiece model ({error})") from None
         return Tokenizer(pieces, bos_id=pieces.bos_id, eos_id=pieces.eos_id, pad_id=pieces.pad_id, unk_id=pieces.unk_id)
     if path.suffix == ".gguf":
         from gguf import GGUFReader

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -175,6 +175,8 @@ class ModelConfig:
     filled when the model is built, keeps a model from being loaded on weights that it was not trained on.
 
     ``quantization``: the backbone's frozen linears in fewer bits, before anything is attached (QLoRA with kind nf4).
+    ``template`` and ``max_length`` None: the base's, or without one chatml_plain and 1024; that of a built model says
+    which.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -182,12 +184,22 @@ class ModelConfig:
     projector: ProjectorConfig | None = field(default_factory=ProjectorConfig)
     resampler: ResamplerConfig | None = None
     tuning: tuple[TuningSpec, ...] = ()
-    template: str = "chatml_plain"
+    template: str | None = None
     tiling: TilingConfig = field(default_factory=lambda: TilingConfig(size=128))
-    max_length: int = 1024
+    max_length: int | None = None
     base: str | None = None
     base_sha256: str | None = None
     quantization: Quantization | None = None
+
+    @property
+    def dialogues(self) -> tuple[str, int]:
+        """The name of their template and the most positions of one, where no base says otherwise."""
+        return self.template or "chatml_plain", 1024 if self.max_length is None else self.max_length
+
+    def settled(self) -> ModelConfig:
+        """The same with :attr:`dialogues` stated."""
+        name, length = self.dialogues
+        return replace(self, template=name, max_length=length)
 
 
 @dataclass(frozen=True)
@@ -218,16 +230,17 @@ def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False
     tower = None if config.tower is None else build_tower(config.tower, cache)
     net = join(config, backbone, tower)
     net.requires_grad_(False) if not train else promote(net)
+    name, length = config.dialogues
     encoder = Encoder(
         words,
-        template.get(config.template),
+        template.get(name),
         config.tiling,
         net.runs,
-        config.max_length,
+        length,
         start_end=config.projector is not None and config.projector.start_end,
         max_tiles=None if config.resampler is None else config.resampler.max_tiles,
     )
-    return Model(net.train(train), words, encoder, config)
+    return Model(net.train(train), words, encoder, config.settled())
 
 
 def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
@@ -243,7 +256,7 @@ def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
     if tower is not None and config.resampler is not None:
         r = config.resampler
         sizes = {"length": r.length, "width": r.width, "depth": r.depth, "heads": r.heads}
-        known = None if r.neighbours is None else next(iter(read_file(find(r.neighbours)).values()))
+        known = None if r.neighbours is None else _only(find(r.neighbours))
         resampler = resampler_of.make(r.kind, tower.width, backbone.config.dim, vectors=known, **sizes)
     if tower is not None and config.tiling.size != tower.size:
         raise ValueError(f"tiling.size is {config.tiling.size}, the tower {config.tower} takes {tower.size} pixels")
@@ -251,6 +264,14 @@ def join(config: ModelConfig, backbone: Llama, tower: Tower | None) -> MLLM:
     if config.tuning:
         attach(net, config.tuning, dtype=torch.float32)
     return net
+
+
+def _only(path: Path) -> Tensor:
+    """The tensor of a file that holds one."""
+    found = list(read_file(path).values())
+    if len(found) != 1:
+        raise ValueError(f"resampler.neighbours: {path} holds {len(found)} tensors, it must be one of vectors (N, C)")
+    return found[0]
 
 
 def _asset(reference: str, cache: Path | None) -> Path:

@@ -41,7 +41,7 @@ from accessory.schema import Picture, Turn
 
 CELLS = 8  # a side, of what a picture is compared by
 # Fields of configurations that name a folder or a file.
-_NAMES = ("base", "source", "model", "tokenizer", "weights")
+_NAMES = ("base", "source", "model", "tokenizer", "weights", "neighbours")
 # What a base may say otherwise than the one that was trained on: it is the same generator with the same weights.
 _FREE = ("base", "base_sha256", "sampler", "tuning")
 
@@ -112,22 +112,24 @@ def hold_export(
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
     bound: Bound | None = None,
+    base: str | None = None,
 ) -> float | Drift:
     """Compare what was exported with what it was made of, by fixed prompts with pictures, and remove it where it is not
-    the same; returns how far it moved. ``bound`` of a quantised model; otherwise as :func:`accessory.models.gate.hold`.
+    the same; returns how far it moved. ``bound`` of a quantised model, ``base`` as of :func:`export`; otherwise as
+    :func:`accessory.models.gate.hold`.
 
     Raises:
         GateError: when it moved too far.
     """
     if build.is_generator(source):
         before = drawn(load_generator(source))
-        limit = _limit(before, dtype, tolerance)
+        limit = _limit(before, dtype, base, tolerance)
         return hold(before, target, "exporting to", tolerance=limit, opened=load_generator, measured=drawn)
     model = build.load(source)
     before = measure(model)
     if bound is None:
         del model
-        return hold(before, target, "exporting to", tolerance=_limit(before, dtype, tolerance))
+        return hold(before, target, "exporting to", tolerance=_limit(before, dtype, base, tolerance))
     found, backbone = [], find_backbone(model.net)
 
     def inspect(quantised: Model, after: Measure) -> None:
@@ -140,11 +142,14 @@ def hold_export(
     return found[0]
 
 
-def _limit(before: Measure, dtype: torch.dtype | None, tolerance: float | None) -> float:
-    """What rounding to ``dtype`` explains, too."""
+def _limit(before: Measure, dtype: torch.dtype | None, base: str | None, tolerance: float | None) -> float:
+    """What rounding to ``dtype``, and of the weights of another ``base``, explains, too."""
     if tolerance is not None:
         return tolerance
-    return max(tolerance_of(before), 0.0 if dtype is None else TOLERANCE[dtype])
+    dtypes = (
+        {dtype} if base is None else {dtype, *(t.dtype for t in read_file(base_folder(base) / WEIGHTS_FILE).values())}
+    )
+    return max(tolerance_of(before), *(TOLERANCE.get(kind, 0.0) for kind in dtypes if kind is not None), 0.0)
 
 
 def drawn(generator: Generator) -> Measure:

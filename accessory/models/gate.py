@@ -204,7 +204,7 @@ def check_drift(before: Measure, after: Measure, what: str, bound: Bound) -> Dri
     if not (moved.nats <= bound.nats and moved.agreement >= bound.agreement):
         raise GateError(
             f"{what}: the fixed prompts moved by {moved}; the limit is {bound.nats:g} nats, and {bound.agreement:.0%} "
-            "have to stay"
+            "have to stay. More bits or a smaller group move less (int8; int4,group=32)"
         )
     return moved
 

@@ -49,8 +49,8 @@ def answered(model: Model, turns: Sequence[Turn], answer: str) -> Encoded:
         ValueError: when the row is longer than the model reads.
     """
     row = model.encoder.row((*turns, Turn("assistant", (answer,))))
-    if len(row.ids) > model.config.max_length:
-        raise ValueError(f"question and answer take {len(row.ids)} positions, the limit is {model.config.max_length}")
+    if len(row.ids) > model.encoder.max_length:
+        raise ValueError(f"question and answer take {len(row.ids)} positions, the limit is {model.encoder.max_length}")
     return row
 
 

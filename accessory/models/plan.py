@@ -228,6 +228,8 @@ def find(name: str) -> Subject:
         if name.lower() in (kind.lower(), *map(str.lower, row.released)) and not Path(name).exists():
             return _published(name if name in row.released else kind, joint, row)
     folder = build.find(name)
+    if build.is_generator(folder):
+        raise ValueError(f"{name} is a generator; plan is for models that read and speak")
     if (folder / CONFIG_FILE).is_file():
         return _of_folder(name, folder)
     if (folder / "config.json").is_file():
@@ -328,8 +330,8 @@ def overview(kinds: Sequence[str], rates: Rates, loads: Mapping[str, int]) -> st
         f"{shown(f'tokens/s {k}' for k in kinds)} |",
         "|---|---|" + "---:|" * (6 + 2 * len(kinds)),
     ]
-    for name, (_, row) in published().items():
-        subject = find(name)
+    for name, (joint, row) in published().items():
+        subject = _published(name, joint, row)
         load = replace(subject.load(), **loads)
         plans = [plan(subject, kind, load, rates) for kind in kinds]
         first = plans[0]

@@ -45,8 +45,7 @@ def skeleton(config: ModelConfig) -> MLLM:
 
 def _on_base(config: ModelConfig) -> MLLM:
     net = skeleton(_below(config.base or ""))
-    wanted = {spec.kind for spec in config.tuning}
-    if wanted & {"lora", "scale"}:  # as when the base is folded: the slots are free again
+    if stacked.folds(config.base, attached(net), config.tuning):  # and the slots are free again
         detach(net, [spec for spec in attached(net) if spec.kind in ("lora", "scale")])
     attach(net, config.tuning, dtype=torch.float32)
     promote(net)
@@ -54,12 +53,12 @@ def _on_base(config: ModelConfig) -> MLLM:
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
-    """``config`` with all that its base brings.
+    """``config`` with all that its base brings and with the defaults of what is None.
 
     Raises:
         ValueError: when it says what the base brings, or the base is neither a folder nor known by name.
     """
-    return config if config.base is None else stacked.over(config, resolved(_below(config.base)))
+    return config.settled() if config.base is None else stacked.over(config, resolved(_below(config.base)))
 
 
 def _below(name: str) -> ModelConfig:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from accessory.data import template
-from accessory.peft.attach import attach, attached, merge
-from accessory.peft.quantize import Quantization, found, quantize
+from accessory.peft.attach import LoraSpec, PrefixSpec, ScaleSpec, TuningSpec, attach, attached, merge
+from accessory.peft.quantize import found, quantize
 from accessory.peft.tuning import promote
 
 if TYPE_CHECKING:  # which builds what stands below
@@ -33,12 +32,41 @@ def over(config: ModelConfig, base: ModelConfig) -> ModelConfig:
     return replace(base, **{"tuning": (), "base": config.base, **own})
 
 
+def folds(name: str | None, there: Sequence[TuningSpec], tuning: Sequence[TuningSpec]) -> bool:
+    """Whether LoRA and scales of the base ``name``, to which ``there`` is attached, are folded into its weights before
+    ``tuning`` is attached: a linear holds one of each.
+
+    Raises:
+        ValueError: for a second prefix or bias, which cannot be folded, and for a second LoRA or scale of linears that
+            the base's prefixes take without what hangs on them.
+    """
+    shared = {spec.kind for spec in tuning} & {spec.kind for spec in there}
+    for kind in sorted(shared & {"prefix", "bias"}):
+        raise ValueError(f"model.base {name} already has a {kind}, and there is room for one; {_further(kind)}")
+    slots = shared & {"lora", "scale"}
+    plain = any(isinstance(spec, PrefixSpec) and spec.plain for spec in there)
+    for spec in there if slots and plain else ():
+        if isinstance(spec, LoraSpec | ScaleSpec) and (on := [t for t in spec.targets if t in ("wk", "wv")]):
+            raise ValueError(
+                f"model.base {name} has plain prefixes and a {spec.kind} on {', '.join(on)}, which therefore cannot be "
+                f"folded to make room for another {' and '.join(sorted(slots))}; {_further(spec.kind)}"
+            )
+    return bool(slots)
+
+
+def _further(kind: str) -> str:
+    slot = {"prefix": "prefix.*", "lora": "delta.*"}.get(kind, kind)
+    return (
+        f'to train that one further, write {{kind: train, patterns: ["backbone.*.{slot}"]}} in model.tuning in place '
+        f"of kind {kind}"
+    )
+
+
 def stack(base: Model, config: ModelConfig, digest: str, train: bool) -> Model:
     """The base model, frozen as it was trained, with the tuning of ``config`` on top; ``digest``: its SHA-256.
 
     Raises:
-        ValueError: for another base than ``config`` was trained on, for what only a base says, and for a second prefix
-            or bias.
+        ValueError: for another base than ``config`` was trained on, for what only a base says, and as :func:`folds`.
     """
     if config.base_sha256 not in (None, digest):
         raise ValueError(
@@ -46,26 +74,12 @@ def stack(base: Model, config: ModelConfig, digest: str, train: bool) -> Model:
             f"{digest}, base_sha256 is {config.base_sha256}"
         )
     resolved = replace(over(config, base.config), base_sha256=digest)
-    if config.tuning:
-        kinds, there = {spec.kind for spec in config.tuning}, {spec.kind for spec in attached(base.net)}
-        for kind in sorted(kinds & there & {"prefix", "bias"}):  # these cannot be folded into a weight
-            way = f'{{kind: train, patterns: ["backbone.*.{kind}{".*" if kind == "prefix" else ""}"]}}'
-            raise ValueError(
-                f"model.base {config.base} already has a {kind}, and there is room for one; to train that one further, "
-                f"write {way} in model.tuning in place of kind {kind}"
-            )
-        if kinds & there & {"lora", "scale"}:
-            merge(base.net)  # a linear holds one delta: the base's own is folded into its weight
-        _quantize(base.net, config.quantization)
-        attach(base.net, config.tuning, dtype=torch.float32)
-    _quantize(base.net, config.quantization)
+    if folds(config.base, attached(base.net), config.tuning):
+        merge(base.net)
+    if config.quantization is not None and found(base.net) != config.quantization:
+        quantize(base.net, config.quantization)
+    attach(base.net, config.tuning, dtype=torch.float32)
     base.net.requires_grad_(False) if not train else promote(base.net)
-    encoder = copy(base.encoder)
-    encoder.template, encoder.max_length = template.get(resolved.template), resolved.max_length
+    name, length = resolved.dialogues
+    encoder = base.encoder.under(template.get(name), max_length=length)
     return replace(base, net=base.net.train(train), encoder=encoder, config=resolved)
-
-
-def _quantize(net: nn.Module, wanted: Quantization | None) -> None:
-    """Quantise the backbone, unless it is just so already."""
-    if wanted is not None and found(net) != wanted:
-        quantize(net, wanted)

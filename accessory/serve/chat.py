@@ -158,7 +158,7 @@ class Dialogue(Generic[Event]):
             self._settle()
             sampling = self._with_stops(sampling or self.sampling)
             first, prompt = self._fit(turn, sampling.max_new_tokens, reserve)
-            limit = self.model.config.max_length
+            limit = self.model.encoder.max_length
             if self._cache is None:
                 self._cache = self.model.net.backbone.cache(1, limit)
             room = min(sampling.max_new_tokens, limit - len(prompt.ids))
@@ -186,7 +186,7 @@ class Dialogue(Generic[Event]):
 
     def _fit(self, turn: Turn, wanted: int, reserve: int) -> tuple[int, Prompt]:
         """The prompt, and the index of the oldest turn in it after whole exchanges were dropped to make room."""
-        limit = self.model.config.max_length
+        limit = self.model.encoder.max_length
         room = min(wanted, limit // 4) + reserve
         starts = [i for i, t in enumerate(self._history) if t.role == "user" and i >= self._first]
         for first in (*starts, len(self._history)):

@@ -62,6 +62,8 @@ class Experts:
     so that the turns of a dialogue stay as they were read."""
 
     def __init__(self, experts: Sequence[Expert], remembered: int = 64) -> None:
+        if remembered < 1:
+            raise ValueError(f"remembered is {remembered} pictures, it must be at least 1")
         self.experts, self._remembered = tuple(experts), remembered
         self._said: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.RLock()

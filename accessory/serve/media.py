@@ -95,6 +95,8 @@ def user_turn(text: str, images: Sequence[Source], limits: Limits) -> Turn:
     """A user's turn, pictures before the text (as in training); ValueError when there is neither."""
     if not text.strip() and not images:
         raise ValueError("an empty question: say something or bring a picture")
+    if isinstance(images, str | bytes):
+        raise ValueError(f"images is a list of pictures, got {images[:80]!r} alone: write it in brackets")
     pictures = tuple(Picture(image) for image in open_uploads(images, limits))
     return Turn("user", (*pictures, text) if text.strip() else pictures)
 

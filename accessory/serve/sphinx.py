@@ -212,21 +212,21 @@ class MetaModel:
         seen = self._seen(picture)
         begun = int(ids[0] == self.tokenizer.bos_id)  # a picture stands behind the mark of the beginning
         ids = torch.cat((ids[:begun], seen.ids, ids[begun:]))
-        if len(ids) > self.model.config.max_length:
-            raise ValueError(f"an example takes {len(ids)} positions, the limit is {self.model.config.max_length}")
+        if len(ids) > self.model.encoder.max_length:
+            raise ValueError(f"an example takes {len(ids)} positions, the limit is {self.model.encoder.max_length}")
         return Encoded(ids, torch.full_like(ids, IGNORE), seen.tiles)
 
     def _fit(self, prompt: Example, picture: Picture | Tensor | None, new: int) -> tuple[Encoded, int]:
         """The row of a prompt, cut as :meth:`generate` says, and how many of the ``new`` tokens have room behind it."""
         ids, seen = self._ids(prompt, True, False), len(self._seen(picture).ids)
-        room = self.model.config.max_length - seen
+        room = self.model.encoder.max_length - seen
         begun = int(bool(ids) and ids[0] == self.tokenizer.bos_id)
         if begun < room - new < len(ids):
             ids = ids[:begun] + ids[len(ids) - (room - new) + begun :]
         if len(ids) >= room:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens, max_gen_len {new} and {seen} positions of pictures leave no room for "
-                f"an answer: this model reads {self.model.config.max_length}"
+                f"an answer: this model reads {self.model.encoder.max_length}"
             )
         return self._row(ids, picture, True, False), min(new, room - len(ids))
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from accessory.parallel.layout import ParallelConfig
 
-_OF_TRAIN = ("train.seed", "train.accumulation", "train.batch_size", "train.optimizer")
+_OF_TRAIN = ("train.seed", "train.accumulation", "train.global_batch", "train.batch_size", "train.optimizer")
 _FIXED = ("model", "generator", "objective", "data", *_OF_TRAIN)
 _FREE = ("data.workers", "data.max_bad_rate")  # batches are the same whatever they are
 

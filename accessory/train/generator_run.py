@@ -13,7 +13,7 @@ import torch
 from accessory import config as configuration
 from accessory.backbone.store import read_file
 from accessory.data import assets
-from accessory.data.encode import DreamLayout, Encoder
+from accessory.data.encode import DreamLayout
 from accessory.data.loader import RowEncoder
 from accessory.data.targets import TargetEncoder
 from accessory.diffusion.buckets import Nearest, bucket_sizes
@@ -70,7 +70,7 @@ def run(
 ) -> Result | None:
     """Build, train and export; the generator folder is ``<output_dir>/final``, with ``run.yaml`` and ``sources.yaml``
     as of :func:`accessory.train.run.run`."""
-    config = replace(config, train=config.train.on(groups.world_size()))
+    asked, config = config, replace(config, train=config.train.on(groups.world_size()))
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh weights are part of what a seed reproduces
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
@@ -83,13 +83,13 @@ def run(
     source = open_loader(config.data, config.train, encoder, size, folder, cache)
     describe(generator, source)
     if dry_run:
-        resolved = configuration.dump(replace(config, generator=generator.config))
+        resolved = configuration.dump(replace(asked, generator=generator.config))
         plan(generator, source, config.train, resolved, _asked)
         return None
     # A resume asks whether the base is still the same, so the run's configuration says which one it was. All else is as
     # it was written: what it came to is the configuration of the exported folder.
     named = replace(config.generator, base_sha256=generator.config.base_sha256)
-    resolved = configuration.dump(replace(config, generator=named))
+    resolved = configuration.dump(replace(asked, generator=named))
     features = _features(config, generator, cache)
     hooks = Hooks(
         blocks=getattr(generator.denoiser, "layers", ()),
@@ -127,10 +127,7 @@ def row_encoder(config: GeneratorRunConfig, generator: Generator) -> RowEncoder:
         )
     own, queries = generator.conditioner.model.encoder, generator.conditioner.dream.config.num_queries
     seen = config.seen and generator.conditioner.dream.net.projector is not None
-    return Encoder(
-        own.tokenizer, own.template, own.tiling, own.runs, own.max_length, own.start_end,
-        DreamLayout(queries, size, seen, fit),
-    )  # fmt: skip
+    return own.under(own.template, DreamLayout(queries, size, seen, fit))
 
 
 def fitting(generator: Generator, aspects: float) -> Nearest | None:

@@ -66,14 +66,13 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
         raise ValueError(f"the data configuration {config.data.sources} cannot be used:\n  " + "\n  ".join(mistakes))
     absent = [missing(source) for _, source in found]
     seen = {} if net.tower is None else {name: _positions(net, model, sides) for name, sides in SHAPES.items()}
-    if (most := max(seen.values(), default=0)) >= model.max_length:
-        raise ValueError(
-            f"model.max_length is {model.max_length}, and a picture alone takes {most} positions: no row would fit"
-        )
+    _, limit = model.dialogues
+    if (most := max(seen.values(), default=0)) >= limit:
+        raise ValueError(f"model.max_length is {limit}, and a picture alone takes {most} positions: no row would fit")
     return Outline(
         parts,
         seen,
-        model.max_length,
+        limit,
         frozen + TRAINED * sum(trained for _, trained in parts.values()),
         tuple(source for _, source in found),
         tuple(problem for problem in absent if problem is not None),

@@ -97,7 +97,8 @@ def run(
     Beside the model's own files it holds ``run.yaml``, the experiment as it was resolved, and ``sources.yaml``, its
     data configuration.
     """
-    config = replace(config, train=config.train.on(groups.world_size() // config.train.parallel.tensor))
+    ranks = groups.world_size() // config.train.parallel.tensor
+    asked, config = config, replace(config, train=config.train.on(ranks))
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)
@@ -118,8 +119,9 @@ def run(
     if config.match_scale and fresh:
         _match_scale(model, source)
     describe(model.net, source, layout)
-    # With all that the base decides, and which one it was: a resume asks whether it is still the same.
-    resolved = configuration.dump(replace(config, model=model.config))
+    # With all that the base decides, and which one it was: a resume asks whether it is still the same. The batch is as
+    # it was asked for: on other ranks it is the same recipe.
+    resolved = configuration.dump(replace(asked, model=model.config))
     if dry_run:
         plan(model.net, source, config.train, resolved, lambda row: _learned(row, model))
         return None

@@ -95,7 +95,7 @@ class Bind(Resampler):
         if features.ndim != 3 or features.shape[-1] != self.features:
             raise ValueError(f"features have shape {tuple(features.shape)}, expected (N, P, {self.features})")
         vector = F.normalize(features[:, 0].float(), dim=-1)
-        if self.near is not None:
+        if self.near is not None and not self.training:
             vector = self.near(vector)
         x: Tensor = self.image_bind_proj(vector.to(self.image_bind_proj.weight.dtype))
         for i in range(1, self.depth + 1):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from accessory.backbone.generate import Sampling
 from accessory.data.collate import collate
-from accessory.data.encode import DreamLayout, Encoder
+from accessory.data.encode import DreamLayout
 from accessory.data.targets import TargetEncoder
 from accessory.data.tiling import TilingConfig
 from accessory.diffusion.sampler import Ode, SamplerSettings
@@ -285,10 +285,7 @@ def storyteller(folder: Path) -> Generator:
 def learn(model: Generator, told: list[Sample], folder: Path, steps: int) -> Result:
     assert isinstance(model.conditioner, DreamConditioner)
     own, queries = model.conditioner.model.encoder, model.conditioner.dream.config.num_queries
-    encoder = Encoder(
-        own.tokenizer, own.template, own.tiling, own.tokens_per_tile, own.max_length, own.start_end,
-        DreamLayout(queries, SIDE),
-    )  # fmt: skip
+    encoder = own.under(own.template, DreamLayout(queries, SIDE))
     rows = [encoder.encode(sample) for sample in told]
     assert sum(int((r.labels == DREAM_START).sum()) for r in rows) == sum(len(r.targets) for r in rows) > 40
     objective = JointObjective(GenerationConfig(NEVER, DreamLossConfig(language=1.0, picture=1.0)), seed=0)

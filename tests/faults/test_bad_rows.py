@@ -78,7 +78,7 @@ def test_a_rate_below_the_limit_goes_on(tmp_path: Path, encoder: Encoder) -> Non
 
 def test_a_programming_error_is_not_booked_as_a_bad_row(tmp_path: Path, encoder: Encoder) -> None:
     made = mixture(tmp_path, 20, set())
-    encoder.runs = None  # type: ignore[assignment]
+    encoder.runs = 5  # type: ignore[assignment]
     with pytest.raises(TypeError):
         next(iter(Loader(made, encoder, 2)))
 

@@ -88,10 +88,10 @@ def bind(dim: int, width: int = 16384, depth: int = 3) -> int:
     return 1024 * dim + dim + depth * (dim + 3 * dim * width)
 
 
-def resampler(dim: int, length: int, depth: int) -> int:
+def resampler(dim: int, length: int, depth: int, width: int = 768) -> int:
     """LLaMA-Adapter's way from CLIP's 768 numbers to prefix tokens."""
-    block = 12 * 768**2 + 9 * 768 + 4 * 768  # matrices, their biases, two norms
-    return depth * block + 768**2 + 3 * 768 + length * 768 + 768 * dim + 3 * dim
+    block = 12 * width**2 + 9 * width + 4 * width  # matrices, their biases, two norms
+    return depth * block + 768 * width + 3 * width + length * width + width * dim + 3 * dim
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _adapters() -> dict[str, Recipe]:
     both = replace(v1, rows=618_749, own=S7.prefix(31) + S7.prefix(1, 20) + resampler(4096, 20, 2))
     return {
         "adapter_v1": v1,
-        "adapter_v1_caption": replace(v1, rows=566_747, own=v1.own + resampler(4096, 10, 2), rest=seen),
+        "adapter_v1_caption": replace(v1, rows=566_747, own=v1.own + resampler(4096, 10, 2, 512), rest=seen),
         "adapter_v2_pretrain": first,
         "adapter_v2_finetune": second,
         "adapter_v2_finetune_lora": replace(second, own=S7.lora() + added),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from accessory.data.files import open_rows
 from accessory.data.mixture import Mixture
 from accessory.data.rows import RowRejected
 from accessory.data.sources import FileConfig, FileOptions, Source, load_sources, open_source
@@ -157,6 +158,15 @@ def test_all_file_types_give_the_same_rows(tmp_path: Path) -> None:
     for source in sources:
         assert [source[i].turns for i in (6, 0, 3)] == [sources[0][i].turns for i in (6, 0, 3)]
         assert [len(source), source[3].turns[0].text] == [7, "q3"]
+
+
+def test_a_quotation_mark_takes_no_rows_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.tsv"
+    path.write_text('url\tcaption\na.png\t"Cat" by the sea\nb.png\ta dog\nc.png\ta "cow"\n')
+    assert len(open_rows(path)) == 3
+    path.write_text('url\tcaption\na.png\t"Cat by the sea\nb.png\ta dog\nc.png\ta "cow"\n')
+    with pytest.raises(ValueError, match=r"r\.tsv: row 0 holds line breaks and tabs between quotation marks"):
+        open_rows(path)
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from accessory.backbone.gguf import gguf_at
 from accessory.data.tiling import TilingConfig
 from accessory.models import build
 from accessory.models.build import Model, ModelConfig, ProjectorConfig, ResamplerConfig
+from accessory.models.skeleton import resolved, skeleton
 from accessory.peft.attach import (
+    LINEARS,
     BiasSpec,
     LoraSpec,
     NormSpec,
@@ -197,6 +200,36 @@ def test_lora_goes_on_a_base_with_lora_and_prefix(tmp_path: Path, prefixed: Path
     check_lora_on(prefixed, tmp_path / "top")
 
 
+def test_lora_under_plain_prefixes_leaves_no_room_for_another(tmp_path: Path) -> None:
+    """What hangs on their keys and values is not folded: neither the model nor its outline is built."""
+
+    def on(name: str, **options: Any) -> ModelConfig:
+        specs = (LoraSpec(rank=2, targets=options.pop("targets", LINEARS)), PrefixSpec(length=2, **options))
+        build.save(model(tmp_path, tuning=specs, train=True), tmp_path / name)
+        return ModelConfig(base=str(tmp_path / name), tuning=SPECS["lora"])
+
+    def both(config: ModelConfig) -> list[set[str]]:
+        nets = (skeleton(config), build.build(config, train=True).net)
+        return [{n for n, p in net.named_parameters() if p.requires_grad} for net in nets]
+
+    for make in (skeleton, build.build):
+        with pytest.raises(ValueError, match=r"plain prefixes and a lora on wk, wv, .*backbone\.\*\.delta\.\*"):
+            make(on(f"plain-{make.__name__}", plain=True))
+    for config in (on("others", plain=True, targets=("wq", "w1")), on("turned")):
+        seen, made = both(config)
+        assert seen == made
+        assert seen
+
+
+def test_only_what_is_wanted_again_is_folded(tmp_path: Path) -> None:
+    """The base's scales stay where LoRA is added beside them."""
+    build.save(model(tmp_path, tuning=SPECS["scale"], train=True), tmp_path / "scaled")
+    config = ModelConfig(base=str(tmp_path / "scaled"), tuning=SPECS["lora"])
+    names = [{n for n, _ in net.named_parameters()} for net in (skeleton(config), build.build(config, train=True).net)]
+    assert names[0] == names[1]
+    assert any(n.endswith(".scale") for n in names[0])
+
+
 @pytest.mark.parametrize("kind", ["prefix", "bias"])
 def test_a_second_prefix_or_bias_names_the_way_to_train_the_first(tmp_path: Path, prefixed: Path, kind: str) -> None:
     with pytest.raises(ValueError, match=f"already has a {kind}") as caught:
@@ -258,6 +291,16 @@ def test_template_and_length_may_differ_from_those_of_the_base(base: Path, tmp_p
     assert (again.template.name, again.encoder.max_length) == ("alpaca", 99)
     above = build.build(ModelConfig(base=str(tmp_path / "top"), tuning=SPECS["bias"]))
     assert (above.template.name, above.encoder.max_length) == ("alpaca", 99)
+    usual = ModelConfig(base=str(tmp_path / "top"), template="chatml_plain", max_length=1024)  # counts when it is said
+    for back in (build.build(usual).config, resolved(usual)):
+        assert (back.template, back.max_length) == ("chatml_plain", 1024)
+
+
+def test_a_saved_model_says_the_template_and_length_that_it_was_not_told(tmp_path: Path) -> None:
+    build.save(model(tmp_path, template=None, max_length=None, train=True, tuning=(ALL,)), tmp_path / "unsaid")
+    text = (tmp_path / "unsaid" / build.CONFIG_FILE).read_text()
+    assert "template: chatml_plain" in text
+    assert "max_length: 1024" in text
 
 
 def test_encoders_of_a_mixture_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,13 @@ def test_a_trained_folder_is_handed_on(top: Path, capsys: pytest.CaptureFixture[
     assert far(top / BRIDGE, top / "copy") == 0
 
 
+def test_a_base_in_half_precision_takes_the_place_of_the_whole(top: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(top / BASE), str(top / "weights" / "nano-dit"), "--dtype", "float16"]) == 0
+    assert main(["convert", str(top / BRIDGE), str(top / "copy"), "--base", "nano-dit"]) == 0
+    assert far(top / BRIDGE, top / "copy") > 0
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("folder", ["weights/tiny", BASE, BRIDGE])
 def test_what_moved_on_the_way_is_not_kept(
     top: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -287,7 +287,7 @@ def test_a_drawing_that_fails_is_no_turn(made: IllustratedModel, monkeypatch: py
 
 
 def test_long_chats_forget_and_keep_room_for_what_is_owed(made: IllustratedModel) -> None:
-    model = replace(made.model, config=replace(made.model.config, max_length=96))
+    model = replace(made.model, encoder=made.model.encoder.under(made.model.template, max_length=96))
     chat = IllustratedChat(model, made.generator, made.dream, sampling=SAID)
     notices = []
     for n in range(6):
@@ -300,7 +300,7 @@ def test_long_chats_forget_and_keep_room_for_what_is_owed(made: IllustratedModel
 
 
 def test_without_room_the_trigger_is_out_of_reach(made: IllustratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = replace(made.model, config=replace(made.model.config, max_length=48))
+    model = replace(made.model, encoder=made.model.encoder.under(made.model.template, max_length=48))
     chat = IllustratedChat(model, made.generator, made.dream, sampling=Sampling(max_new_tokens=40))
     scripted(made, monkeypatch, range(1000))
     events = list(chat.ask("Cat.", controls=Controls(max_images=9)))

@@ -98,6 +98,8 @@ def test_the_number_of_pictures_is_bounded(cat: Path) -> None:
 
 
 def test_a_turn_holds_pictures_then_text(cat: Path) -> None:
+    with pytest.raises(ValueError, match=r"images is a list of pictures, got '.*cat.png' alone"):
+        user_turn("What is this?", str(cat), LIMITS)
     turn = user_turn("What is this?", [cat, cat], LIMITS)
     assert [type(p) for p in turn.parts] == [Picture, Picture, str]
     assert user_turn(" ", [cat], LIMITS).text == ""

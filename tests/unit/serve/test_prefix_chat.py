@@ -253,3 +253,8 @@ def test_experts_forget_the_oldest_picture() -> None:
 def test_experts_without_words_are_refused(name: str, wording: str | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Expert(name, lambda image: "", wording)
+
+
+def test_experts_that_remember_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="remembered is 0 pictures"):
+        Experts([], remembered=0)

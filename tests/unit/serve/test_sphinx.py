@@ -188,6 +188,6 @@ def test_images_and_texts_must_match(meta: SPHINXModel, made: Model) -> None:
         meta.compute_logits(["a"], [None, None])
     with pytest.raises(ValueError, match="an empty example"):
         meta.compute_logits([""], bos=False)
-    short = MetaModel(replace(made, config=replace(made.config, max_length=8)))
+    short = MetaModel(replace(made, encoder=made.encoder.under(made.template, max_length=8)))
     with pytest.raises(ValueError, match="the limit is 8"):
         short.compute_logits(["What is this? What is this?"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from accessory import config as configuration
 from accessory.data.collate import collate
-from accessory.data.encode import DreamLayout, Encoder
+from accessory.data.encode import DreamLayout
 from accessory.data.image import to_tensor
 from accessory.data.loader import Loader
 from accessory.data.targets import target
@@ -171,10 +171,7 @@ def test_dialogues_draw_their_own_sizes_too(tmp_path: Path) -> None:
     shake(model.denoiser)
     assert isinstance(model.conditioner, DreamConditioner)
     own, fit = model.conditioner.model.encoder, fitting(model, 2.0)
-    encoder = Encoder(
-        own.tokenizer, own.template, own.tiling, own.tokens_per_tile, own.max_length, own.start_end,
-        DreamLayout(3, SIZE, fit=fit),
-    )  # fmt: skip
+    encoder = own.under(own.template, DreamLayout(3, SIZE, fit=fit))
     rows: list[Encoded] = []
     for i, name in enumerate(("wide", "tall")):
         said = Turn("assistant", (Picture(str(tmp_path / f"{name}.png")), "There."))

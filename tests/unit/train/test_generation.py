@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from accessory.data.collate import collate
 from accessory.data.encode import DreamLayout, Encoder
+from accessory.data.rows import RowRejected
 from accessory.diffusion.condition import Condition
 from accessory.diffusion.flag_dit import FlagDiT
+from accessory.models.build import ResamplerConfig
 from accessory.models.dream_loss import DreamLossConfig
 from accessory.models.dream_spans import NullPolicy
-from accessory.models.generator import Generator
+from accessory.models.generator import Generator, build_generator
 from accessory.models.text_encoder import TextEncoder
 from accessory.parallel import groups
+from accessory.peft.attach import PrefixSpec
 from accessory.schema import Batch, Picture, Sample, Turn
 from accessory.tokens import DREAM, DREAM_START, IGNORE
 from accessory.train import checkpoint
@@ -30,9 +34,11 @@ from accessory.train.generation import (
     JointObjective,
     targets_of,
 )
+from accessory.train.generator_run import DrawnDataConfig, GeneratorRunConfig, row_encoder
 from accessory.train.loop import train
 from tests.distributed.helpers import run_ranks
-from tests.tiny_generator import SIZE, caption_loader, draw_model
+from tests.tiny import tiny_config, tiny_tokenizer
+from tests.tiny_generator import BRIDGE, SIZE, caption_loader, draw_model, tiny_generator_config, write_captions
 
 NEVER = DiffusionConfig(drop=NullPolicy(all=0.0))
 
@@ -225,16 +231,38 @@ def test_a_cut_run_has_the_average_of_an_uncut_one(tmp_path: Path) -> None:
 def document(model: Generator, folder: Path) -> Batch:
     """Two dialogues: one draws two pictures and talks about them, one only talks."""
     own = model.conditioner.model.encoder
-    encoder = Encoder(
-        own.tokenizer, own.template, own.tiling, own.tokens_per_tile, own.max_length, own.start_end,
-        DreamLayout(3, SIZE),
-    )  # fmt: skip
+    encoder = own.under(own.template, DreamLayout(3, SIZE))
     red, blue = (Picture(str(folder / f"{c}.png")) for c in ("red", "blue"))
     drawn = (Turn("user", ("Draw a red hat",)), Turn("assistant", (red, "There is a red hat.")))
     more = (Turn("user", ("and a blue one",)), Turn("assistant", ("Here:", blue)))
     talk = (Turn("user", ("What is this?",)), Turn("assistant", ("This is a cat.",)))
     rows = [encoder.encode(Sample((*drawn, *more))), encoder.encode(Sample(talk))]
     return collate(rows, encoder.pad_id)
+
+
+def test_a_model_that_sees_through_its_prefix_writes_rows_too(tmp_path: Path) -> None:
+    """It has no positions for pictures, and a limit on how many a dialogue brings."""
+    write_captions(tmp_path)
+    sees = ResamplerConfig(length=2, width=16, depth=1, heads=2, max_tiles=2)
+    below = replace(
+        tiny_config(tiny_tokenizer(tmp_path / "words")), projector=None, resampler=sees, tuning=(PrefixSpec(length=2),)
+    )
+    made = tiny_generator_config(below, "dream", tuning=BRIDGE)
+    config = GeneratorRunConfig(
+        settings(tmp_path / "run", max_steps=1), DrawnDataConfig("data.yaml"), made,
+        GenerationConfig(DiffusionConfig(drop=NullPolicy(all=0.0)), DreamLossConfig(language=1.0)),
+    )  # fmt: skip
+    encoder = row_encoder(config, build_generator(made, train=True))
+    assert isinstance(encoder, Encoder)
+    red = Picture(str(tmp_path / "red.png"))
+
+    def dialogue(shown: int) -> Sample:
+        return Sample((Turn("user", (*[red] * shown, "Draw this")), Turn("assistant", (red,))))
+
+    row = encoder.encode(dialogue(2))
+    assert (len(row.targets), len(row.tiles), int((row.ids == DREAM).sum())) == (1, 2, 3)
+    with pytest.raises(RowRejected, match="max_tiles"):
+        encoder.encode(dialogue(3))
 
 
 def joint(**weights: float) -> JointObjective:

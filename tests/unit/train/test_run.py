@@ -197,7 +197,10 @@ def test_a_global_batch_becomes_accumulation(tmp_path: Path) -> None:
         result = run(replace(config, train=train), folder=tmp_path)
         assert result is not None
         assert result.final is not None
-        assert f"accumulation: {8 // options['batch_size']}" in (result.final / "run.yaml").read_text()
+        said = configuration.load(result.final / "run.yaml", RunConfig).train  # the same recipe on other ranks
+        assert (said.accumulation, said.global_batch) == (options.get("accumulation", 1), options.get("global_batch"))
+        kept = configuration.parse((tmp_path / name / "step-000002" / "config.yaml").read_text())
+        assert kept["train"].get("global_batch") == options.get("global_batch")
         return load_file(result.final / build.WEIGHTS_FILE)
 
     stated, two, four = (

@@ -151,7 +151,7 @@ def test_bad_configs_are_errors() -> None:
         lite(100)
     with pytest.raises(ValueError, match="index 5 is outside"):
         TimmTower("tf_efficientnet_lite0", 64, (5,))
-    with pytest.raises(ValueError, match="'nope' is not one of blip2, clip-l"):
+    with pytest.raises(ValueError, match="'nope' is not one of blip2, clip-h-projected, clip-l"):
         build("nope")
     with pytest.raises(ValueError, match="no model 'nope'"):
         open_clip_tower("nope", 32)

@@ -77,7 +77,7 @@ class Encoder:
     @property
     def positions_per_tile(self) -> int:
         """What a real tile costs."""
-        return self.tokens_per_tile + 2 * len(self.runs) * self.start_end
+        return len(tile_ids(self.runs, self.start_end))
 
     @property
     def tile_size(self) -> int:

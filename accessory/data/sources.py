@@ -198,22 +198,32 @@ def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 
     return FileSource(config, open_rows(Path(config.path)))
 
 
-def read_entries(path: Path, name: str, kind: Any) -> tuple[list[tuple[str, Any]], list[str]]:
+def read_entries(
+    path: Path, name: str, kind: Any, above: tuple[Path, ...] = ()
+) -> tuple[list[tuple[str, Any]], list[str]]:
     """The ``kind`` of configuration that a YAML file lists, each with its place in the file, and every mistake in the
     others.
 
-    The file is a list, or ``name:`` with a list; relative paths (fields ``path`` and ``root``) count from its folder.
-    ValueError where it is neither.
+    The file is a list, or ``name:`` with a list, or ``include:`` with a list of such files, whose entries come first,
+    or both; relative paths (files to include, and fields ``path`` and ``root``) count from its folder. ``above``: the
+    files that include it. ValueError where it is none of these, or includes itself.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no file of {name} at {path}")
+        raise ValueError("".join(f"{up} includes " for up in above[-1:]) + f"no file of {name} at {path}")
+    if path.resolve() in above:
+        raise ValueError(f"{path} includes itself: {' -> '.join(map(str, (*above, path.resolve())))}")
     tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
-    entries = tree.get(name) if isinstance(tree, dict) else tree
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected '{name}:' with a list")
+    tree = tree if isinstance(tree, dict) else {name: tree}
+    files, entries = tree.get("include", []), tree.get(name, [] if "include" in tree else None)
+    if not isinstance(entries, list) or not isinstance(files, list) or not (entries or files):
+        raise ValueError(f"{path}: expected '{name}:' or 'include:' with a list")
     found: list[tuple[str, Any]] = []
-    errors = [f"{k}: unknown name; known is {name}" for k in tree if k != name] if tree is not entries else []
+    errors = [f"{k}: unknown name; known are {name} and include" for k in tree if k not in (name, "include")]
+    for file in files:
+        more, wrong = read_entries(path.parent / str(file), name, kind, (*above, path.resolve()))
+        found += [(f"{file}: {where}", config) for where, config in more]
+        errors += [f"{file}: {error}" for error in wrong]
     for i, entry in enumerate(entries):
         where = f"{name}.{i}"
         try:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.backbone.llama import Llama
+from accessory.data.encode import tile_ids
 from accessory.models.splice import splice
 from accessory.nn.cache import KVCache
 from accessory.schema import Encoded
@@ -53,6 +54,13 @@ class MLLM(nn.Module):
         if self.tower is not None and self.projector is not None:
             return self.projector.runs(self.tower.runs)
         return (1,) if self.resampler is None else None
+
+    @property
+    def positions_per_tile(self) -> int:
+        """Places in the sequence that a tile takes, marks included."""
+        if self.projector is None:
+            return 0
+        return len(tile_ids(self.runs or (), self.projector.start_end))
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Projected features (N, P, D) of tiles (N, 3, S, S) in [0, 1]."""

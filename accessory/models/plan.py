@@ -15,17 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from accessory import config as configuration
-from accessory.backbone import store
 from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.quantized import layout
 from accessory.backbone.sizes import SIZES
 from accessory.models import build, published_keys
 from accessory.models.build import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, base_folder
 from accessory.models.published import LLAMA_TYPES, SPHINX_X, LlamaType
-from accessory.models.skeleton import sizes, stated
+from accessory.models.skeleton import skeleton, stated
 from accessory.nn.attention import SHORT
 from accessory.peft.quantize import Quantization
 from accessory.vision import meta
@@ -270,20 +268,11 @@ def _of_folder(name: str, folder: Path) -> Subject:
     if config.base is not None:
         below = _of_folder(config.base, base_folder(config.base))
         return replace(below, name=name, rest=below.rest + (folder / WEIGHTS_FILE).stat().st_size)
-    backbone = sizes(config.backbone)
-    trained = store.read_file(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else {}
-    added = [v.numel() for k, v in trained.items() if ".delta." in k or ".prefix." in k or k.startswith("resampler.")]
-    parts: list[nn.Module] = []
-    positions = 0
-    if config.tower is not None:
-        parts.append(tower := meta.tower_of(config.tower.preset))
-        if (p := config.projector) is not None:
-            with torch.device("meta"):
-                joined = Projector(tower.groups, backbone.dim, p.layers, p.start_end, p.words, p.sharpness)
-            parts.append(joined)
-            positions = joined.num_tokens + 2 * len(tower.runs) * p.start_end
-    rest = FULL * (sum(added) + sum(p.numel() for m in parts for p in m.parameters()))
-    return Subject(name, backbone, rest, None if config.tower is None else config.tower.preset, positions)
+    net = skeleton(config)
+    plain = {f"backbone.{key}" for key in layout(net.backbone.config, None)}
+    rest = FULL * sum(p.numel() for n, p in net.named_parameters() if n not in plain)
+    preset = None if config.tower is None else config.tower.preset
+    return Subject(name, net.backbone.config, rest, preset, net.positions_per_tile)
 
 
 def measured_rates(seconds: float = 0.3) -> Rates:

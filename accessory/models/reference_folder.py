@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,28 +164,41 @@ def model_config(
 ) -> ModelConfig:
     """The configuration of a converted checkpoint; ``backbone``: where its language model lies, as ``build.find``
     finds it."""
-    row = published.type
+    config = published_config(published.kind, backbone, published.specs, published.llama.max_length)
     whole = published.backbone["tok_embeddings.weight"].dtype
-    tuning: tuple[TuningSpec, ...] = published.specs
-    projector, resampler = None, None
+    projector, resampler, tuning = None, None, published.specs
     if published.projector:
-        projector = ProjectorConfig("linear_norm", start_end=row.start_end)
-        tuning = (*tuning, TrainSpec(("projector.*",)))
+        projector, tuning = config.projector, config.tuning
     if published.resampler:
         made = fill_resampler(published.resampler, published.llama.dim)
         resampler = ResamplerConfig(
             made.kind, length=made.prefix_len, width=made.width, depth=made.depth, heads=made.heads
         )
         tuning = (*tuning, TrainSpec(("resampler.*",)))
-    return ModelConfig(
+    tower = str(published.type.tower)
+    return replace(
+        config,
         backbone=BackboneConfig(backbone, dtype="fp32" if whole == torch.float32 else "bf16"),
-        tower=TowerSource(str(row.tower), None, activation, bgr, dict(encoders)) if published.sees else None,
+        tower=TowerSource(tower, None, activation, bgr, dict(encoders)) if published.sees else None,
         projector=projector,
         resampler=resampler,
         tuning=tuning,
-        template=template or _template(published.kind),
-        tiling=TilingConfig(row.image_size, grid=1, skip=False),
-        max_length=published.llama.max_length,
+        template=template or config.template,
+    )
+
+
+def published_config(kind: str, backbone: str, specs: tuple[TuningSpec, ...], max_length: int) -> ModelConfig:
+    """The configuration of a type that sees through a projection, without its tensors; ``specs``: what hangs on the
+    language model, which lies at ``backbone`` and reads ``max_length`` positions."""
+    row = find_type(kind)
+    return ModelConfig(
+        backbone=BackboneConfig(backbone),
+        tower=None if row.tower is None else TowerSource(row.tower, None),
+        projector=ProjectorConfig("linear_norm", start_end=row.start_end),
+        tuning=(*specs, TrainSpec(("projector.*",))),
+        template=_template(kind),
+        tiling=TilingConfig(row.image_size, skip=False),
+        max_length=max_length,
     )
 
 

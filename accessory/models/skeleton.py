@@ -11,12 +11,13 @@ from accessory.backbone import store
 from accessory.backbone.keys import config_from_dict
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.sizes import SIZES, from_hf_config
-from accessory.data.tiling import TilingConfig
 from accessory.models import build, stacked
-from accessory.models.build import BackboneConfig, ModelConfig, ProjectorConfig, TowerSource
+from accessory.models.build import BackboneConfig, ModelConfig
 from accessory.models.mllm import MLLM
-from accessory.models.published import LLAMA_TYPES, LlamaType
-from accessory.peft.attach import TrainSpec, attach, attached, detach
+from accessory.models.published import LLAMA_TYPES
+from accessory.models.reference import text_specs
+from accessory.models.reference_folder import published_config
+from accessory.peft.attach import attach, attached, detach
 from accessory.peft.tuning import promote
 from accessory.vision import presets
 
@@ -69,16 +70,9 @@ def _below(name: str) -> ModelConfig:
     if file.is_file():
         tree = configuration.parse(file.read_text(encoding="utf-8"), str(file))
         return configuration.build(tree, ModelConfig, str(file))
-    if (row := _released(folder)) is not None:
-        return ModelConfig(
-            backbone=BackboneConfig(str(folder / "backbone")),
-            tower=None if row.tower is None else TowerSource(row.tower, None),
-            projector=ProjectorConfig("linear_norm", start_end=row.start_end),
-            tuning=(TrainSpec(("projector.*",)),),
-            template="sphinx",
-            tiling=TilingConfig(row.image_size, skip=False),
-            max_length=SIZES[row.size].max_length,
-        )
+    if (kind := _released(folder)) is not None:
+        length = SIZES[LLAMA_TYPES[kind].size].max_length
+        return published_config(kind, str(folder / "backbone"), text_specs({}, kind), length)
     made = [file for file in build.makers(folder) if file.suffix == ".yaml"]
     if not made:
         build.base_folder(name)  # which says what is missing
@@ -98,8 +92,8 @@ def sizes(config: BackboneConfig) -> LlamaConfig:
     folder = build.find(config.source or "")
     if (folder / "config.json").is_file():
         return stated(folder)
-    row = _released(folder.parent) if folder.name == "backbone" else None
-    name = folder.name if row is None else row.size
+    kind = _released(folder.parent) if folder.name == "backbone" else None
+    name = folder.name if kind is None else LLAMA_TYPES[kind].size
     if folder.exists() or name not in SIZES:
         raise ValueError(
             f"backbone.source {config.source} has no config.json, so its sizes are not known (a folder that is not "
@@ -114,5 +108,5 @@ def stated(folder: Path) -> LlamaConfig:
     return config_from_dict(found["backbone"]) if found.get("format") == "accessory" else from_hf_config(found)
 
 
-def _released(folder: Path) -> LlamaType | None:
-    return next((row for row in LLAMA_TYPES.values() if folder.name in row.released), None)
+def _released(folder: Path) -> str | None:
+    return next((kind for kind, row in LLAMA_TYPES.items() if folder.name in row.released), None)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accessory import config as configuration
+from accessory.backbone.llama import Llama
+from accessory.backbone.quantized import layout
 from accessory.data.sources import SourceConfig, missing, read_configs
-from accessory.models.build import ModelConfig
+from accessory.models.build import DTYPES, ModelConfig
 from accessory.models.mllm import MLLM
-from accessory.models.plan import size, weight_bytes
+from accessory.models.plan import size
 from accessory.models.skeleton import resolved, skeleton
+from accessory.peft.quantize import Quantization
 from accessory.schema import Batch
 from accessory.train.config import TrainConfig
 from accessory.train.optim import Optimizer
@@ -60,7 +65,7 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
     grouped(config, _nothing, net)
     spec = config.model.quantization or model.quantization
     if spec is not None:  # the skeleton has the full weights
-        frozen += weight_bytes(net.backbone.config, spec) - weight_bytes(net.backbone.config, None)
+        frozen += _codes(net.backbone, spec, DTYPES[model.backbone.dtype])
     found, mistakes = read_configs(sources_file(config.data, folder))
     if mistakes:
         raise ValueError(f"the data configuration {config.data.sources} cannot be used:\n  " + "\n  ".join(mistakes))
@@ -80,6 +85,14 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
     )
 
 
+def _codes(backbone: Llama, spec: Quantization, dtype: torch.dtype) -> int:
+    """By how many bytes the frozen weights of a backbone of ``dtype`` change when it is quantised."""
+    full, made, own = layout(backbone.config, None), layout(backbone.config, spec), dict(backbone.named_parameters())
+    gone = sum(own[name].nbytes for name in full.keys() - made.keys() if not own[name].requires_grad)
+    added = [made[name] for name in made.keys() - full.keys()]
+    return sum(prod(shape) * (kept or dtype).itemsize for shape, kept in added) - gone
+
+
 def _nothing(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor | float]]:
     """The objective of what has no weights."""
     raise ValueError("an outline has nothing to learn")
@@ -87,12 +100,10 @@ def _nothing(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Ten
 
 def _positions(net: MLLM, config: ModelConfig, sides: tuple[int, int]) -> int:
     """Places in the sequence that a picture takes."""
-    if net.tower is None or net.projector is None:
+    if net.projector is None:
         return 0
     plan = config.tiling.plan(*sides)
-    views = net.projector.runs(net.tower.runs)
-    each = sum(views) + 2 * len(views) * net.projector.start_end
-    return plan.num_real * each + len(plan.tiles) - plan.num_real
+    return plan.num_real * net.positions_per_tile + len(plan.tiles) - plan.num_real
 
 
 def main_outline(path: str | Path, overrides: Sequence[str] = ()) -> str:

@@ -245,7 +245,29 @@ def test_several_files_are_read_as_one(tmp_path: Path) -> None:
         load_sources(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "sources: {}", "{a: [", "3"])
+def test_a_file_includes_others(tmp_path: Path) -> None:
+    """Their sources come first, their paths count from their own folder, and what is wrong in them names them."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "in" / "b.yaml").write_text("- {kind: text, path: b.jsonl}")
+    (tmp_path / "in" / "more.yaml").write_text("include: [b.yaml]")
+    (tmp_path / "c.yaml").write_text("include: [in/more.yaml]\nsources: [{kind: text, path: in/a.jsonl}]")
+    assert [s[0].turns[0].text for s in load_sources(tmp_path / "c.yaml")] == ["b", "a"]
+    (tmp_path / "in" / "b.yaml").write_text("- {kind: text, path: gone.jsonl}\n- {kind: odd, path: x}")
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        load_sources(tmp_path / "c.yaml")
+    assert "in/more.yaml: b.yaml: sources.1.kind: 'odd' is unknown" in str(caught.value)
+    assert "in/more.yaml: b.yaml: sources.0: no data file at" in str(caught.value)
+    (tmp_path / "in" / "b.yaml").write_text("include: [more.yaml]")
+    with pytest.raises(ValueError, match=r"more\.yaml includes itself: .*c\.yaml -> .*more\.yaml -> .*b\.yaml -> "):
+        load_sources(tmp_path / "c.yaml")
+    (tmp_path / "in" / "b.yaml").write_text("include: [none.yaml]")
+    with pytest.raises(ValueError, match=r"b\.yaml includes no file of sources at .*none\.yaml"):
+        load_sources(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "sources: {}", "include: 3", "include: []", "{a: [", "3"])
 def test_a_file_that_lists_no_sources(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"c\.yaml"):

@@ -73,8 +73,19 @@ def test_a_released_model_has_the_sizes_of_its_type() -> None:
     assert found.tower is not None
     assert (found.tower.preset, found.tiling.size, found.max_length) == ("sphinx-1k", 448, 4096)
     assert sizes(found.backbone).dim == 5120
+    assert found.template == "sphinx"
     with pytest.raises(ValueError, match="brings its own tower"):
         resolved(ModelConfig(base="weights/SPHINX-1k", tower=None))
+
+
+def test_a_released_model_is_what_its_conversion_writes() -> None:
+    """Its template, and what its type tunes in the language model."""
+    assert resolved(ModelConfig(base="weights/alpacaLlava_llamaQformerv2")).template == "alpaca"
+    top = ModelConfig(base="weights/alpacaLlava_llamaQformerv2Peft_13b", tuning=(LoraSpec(rank=2),))
+    assert any(n.endswith("wq.bias") for n, _ in skeleton(top).named_parameters())
+    with pytest.raises(ValueError, match="already has a bias"):
+        skeleton(replace(top, tuning=(BiasSpec(),)))
+    assert not any(n.endswith("wq.bias") for n, _ in skeleton(replace(top, base="weights/SPHINX")).named_parameters())
 
 
 def test_sizes_come_from_the_folder_before_its_name(tmp_path: Path) -> None:

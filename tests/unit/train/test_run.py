@@ -17,9 +17,11 @@ from accessory import config as configuration
 from accessory.data.emoji import Concept
 from accessory.models import build
 from accessory.peft.attach import LoraSpec, TrainSpec, trainable_state
+from accessory.peft.quantize import Quantization
 from accessory.serve import chat
 from accessory.train import checkpoint, objective
 from accessory.train import run as running
+from accessory.train.outline import outline
 from accessory.train.run import RunConfig, main_config, run, warm_start
 from tests.tiny import tiny_model, tiny_model_dir
 from tests.unit.train.squares import COLOURS, QUESTION, write_squares
@@ -218,6 +220,21 @@ def test_a_global_batch_becomes_accumulation(tmp_path: Path) -> None:
         replace(config.train, global_batch=8, accumulation=2)
     with pytest.raises(ValueError, match="global_batch is 0"):
         replace(config.train, global_batch=0)
+
+
+def test_an_outline_counts_a_quantised_backbone_of_any_dtype(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+
+    def both(quantization: Quantization | None, dtype: Any) -> tuple[int, int]:
+        backbone = replace(config.model.backbone, dtype=dtype)
+        tuning = (TrainSpec(("projector.*",)),)
+        model = replace(config.model, backbone=backbone, tuning=tuning, quantization=quantization)
+        made = build.build(model, train=True).net.backbone
+        return outline(replace(config, model=model), tmp_path).memory, sum(t.nbytes for t in made.state_dict().values())
+
+    for dtype in ("fp32", "bf16"):
+        (whole, full), (less, codes) = both(None, dtype), both(Quantization("int8"), dtype)
+        assert whole - less == full - codes > 0
 
 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,21 @@ if TYPE_CHECKING:
 TARGET_HELP = "layout of DST; model: a model folder, of LLaMA2-Accessory's that sees or a release of LLaMA-Adapter"
 DTYPES = ("bfloat16", "float16", "float32")
 SKIPPED = "not compared (--skip-gate)"
+_WHOLE = ("source", "overlay", "dtype", "tokenizer", "tolerance", "skip_gate")
+_WAYS: dict[tuple[bool, str], tuple[str, ...]] = {
+    (False, "accessory"): (*_WHOLE, "quantize", "tensor_parallel", "max_shard_gb"),
+    (False, "hf"): (*_WHOLE, "max_shard_gb"),
+    (False, "reference"): (*_WHOLE, "tensor_parallel", "sparse"),
+    (False, "model"): (
+        "source", "overlay", "tokenizer", "tolerance", "skip_gate", "llama_type", "prefix_gate", "clip_activation",
+        "bgr",
+    ),
+    (True, "accessory"): ("dtype", "quantize", "base", "tolerance", "skip_gate"),
+    (True, "reference"): (),
+}  # fmt: skip
+"""The options of each way, by whether SRC is a trained folder and by ``--to``: no other is taken."""
+_DEFAULTS = {"source": "auto", "overlay": (), "sparse": False, "skip_gate": False, "bgr": False, "max_shard_gb": 5.0}
+"""Of options that are something when they are not given."""
 
 
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -84,9 +99,10 @@ def main(args: argparse.Namespace) -> int:
     from accessory.peft.quantize import Quantization
 
     spec = Quantization.parse(args.quantize) if args.quantize is not None else None
-    if (args.src / "config.yaml").is_file():
+    trained = (args.src / "config.yaml").is_file()
+    _check(args, trained)
+    if trained:
         return _trained(args, spec)
-    _check(args)
     if args.target == "model":
         return _pictured(args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -131,7 +147,7 @@ def _convert(
         return read_folder(args.src, layout=layout, pickles=True, overlays=args.overlay)  # type: ignore[arg-type]
 
     config, tensors = read()
-    rows = [] if words is None else _texts(words)
+    rows = [] if words is None else _texts(words, config)
     before = None if args.skip_gate else measure(from_tensors(config, tensors), rows)
     held = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters"
     if spec is not None:
@@ -232,33 +248,51 @@ def _open(folder: Path) -> Llama:
     return from_tensors(*read_folder(folder, pickles=True))
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.base is not None:
-        raise ValueError(f"--base is for model and generator folders, and {args.src} has no config.yaml")
-    if args.tensor_parallel is not None and args.target in ("hf", "model"):
+def _check(args: argparse.Namespace, trained: bool) -> None:
+    """Refuse every option that the way from SRC to ``--to`` would not heed."""
+    allowed = _WAYS.get((trained, args.target))
+    if allowed is None:
         raise ValueError(
-            f"--tensor-parallel {args.tensor_parallel} needs --to accessory or reference, got --to {args.target}"
+            f"{args.src} is a folder of trained tensors beside a base, --to {args.target} is for whole models"
         )
-    if args.sparse and args.target != "reference":
-        raise ValueError(f"--sparse needs --to reference, got --to {args.target}")
-    if args.quantize is not None and (args.target != "accessory" or args.tensor_parallel is not None):
-        raise ValueError(f"--quantize {args.quantize} needs --to accessory, and no --tensor-parallel")
+    for name in dict.fromkeys(option for options in _WAYS.values() for option in options):
+        value = getattr(args, name)
+        if name in allowed or value == _DEFAULTS.get(name):
+            continue
+        flag = "--from" if name == "source" else f"--{name.replace('_', '-')}"
+        what = "trained tensors" if trained else "whole weights"
+        raise ValueError(
+            f"{flag} needs {' or '.join(_way(*way) for way, options in _WAYS.items() if name in options)}; "
+            f"{args.src} holds {what} and goes --to {args.target}"
+        )
+    if args.quantize is not None and args.tensor_parallel is not None:
+        raise ValueError(f"--quantize {args.quantize} goes with no --tensor-parallel, got {args.tensor_parallel}")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
-    if (args.llama_type or args.clip_activation or args.prefix_gate or args.bgr) and args.target != "model":
-        raise ValueError("--llama-type, --clip-activation, --prefix-gate and --bgr need --to model")
 
 
-def _texts(words: Path) -> list[Row]:
-    """The fixed texts in the words of a tokenizer; none, and ids are asked instead, where it cannot be read."""
+def _way(trained: bool, target: str) -> str:
+    return f"a model or generator folder --to {target}" if trained else f"--to {target}"
+
+
+def _texts(folder: Path, config: LlamaConfig) -> list[Row]:
+    """The fixed texts in the words of a tokenizer; none, and ids are asked instead, where it cannot be read. It may
+    have more ids than the model, for padding say, that no text comes to."""
     from accessory.data import tokenizer
     from accessory.models.gate import text_rows
 
     try:
-        return text_rows(tokenizer.load(words))
+        words = tokenizer.load(folder)
+        rows = text_rows(words)
     except ValueError as error:
         print(f"{error}: the model is compared by ids in place of texts", file=sys.stderr)
         return []
+    if (top := max(int(ids.max()) for ids, _ in rows)) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {words.vocab_size} ids and the model {config.vocab_size} rows: there is "
+            f"none for id {top} of the fixed prompts"
+        )
+    return rows
 
 
 def _pictured(args: argparse.Namespace) -> int:
@@ -266,8 +300,8 @@ def _pictured(args: argparse.Namespace) -> int:
     from accessory.backbone.hf import has_tokenizer
     from accessory.models.reference_folder import convert_pictured, hold_pictured
 
-    if args.dtype or args.source not in ("auto", "meta"):
-        raise ValueError("--to model takes SRC as it is: no --dtype or --from")
+    if args.source not in ("auto", "meta"):
+        raise ValueError(f"--to model takes SRC as it is: no --from {args.source}")
     if args.tokenizer is not None and not has_tokenizer(args.tokenizer):
         raise ValueError(f"--tokenizer {args.tokenizer} holds no tokenizer")
     folders = [args.src, *args.overlay]
@@ -311,10 +345,6 @@ def _trained(args: argparse.Namespace, spec: Quantization | None) -> int:
 
     if args.target == "reference":
         return _adapter(args)
-    target = f"to {args.target}"
-    said = ((target, args.target != "accessory"), ("tensor-parallel", args.tensor_parallel), ("overlay", args.overlay))
-    if other := [f"--{n}" for n, v in said if v]:
-        raise ValueError(f"{args.src} is a folder of trained tensors beside a base, {other[0]} is for whole models")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     made = export(args.src, args.dst, dtype, args.base, spec)
     moved = SKIPPED

@@ -24,10 +24,12 @@ from accessory.backbone.reference_folders import arguments, llama_type
 from accessory.backbone.store import atomic_folder, read_file
 from accessory.backbone.weights import read_folder
 from accessory.models import published_keys
-from accessory.models.build import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, is_generator
-from accessory.models.published import RELEASES, Adapter, find_type
+from accessory.models.build import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, base_folder, beside, is_generator
+from accessory.models.encoder_store import file_digest
+from accessory.models.published import RELEASES, Adapter, LlamaType, find_type
 from accessory.models.published_keys import Tuned
 from accessory.models.reference import Published, read_published
+from accessory.models.stacked import over
 from accessory.parallel.axes import merge_shards
 from accessory.peft.attach import LINEARS, LoraSpec, PrefixSpec
 from accessory.peft.prefix import Gate
@@ -281,18 +283,19 @@ def released(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_release(source: Path, folder: Path) -> str:
-    """Write what a model folder adds to LLaMA as LLaMA-Adapter's file of its form, ``folder/KIND.pth``; returns KIND.
+    """Write what a model folder, with the bases it stands on, adds to LLaMA as LLaMA-Adapter's file of its form,
+    ``folder/KIND.pth``; returns KIND.
 
     Raises:
-        ValueError: where no release has such prefixes and such a resampler, and for a generator.
+        ValueError: where no release has such prefixes and such a resampler, with what does not fit; for a generator,
+            and for a base that is not the one that was trained on.
     """
     if is_generator(source):
         raise ValueError(f"{source} is a generator, which has no prefixes")
-    text = (source / CONFIG_FILE).read_text(encoding="utf-8")
-    config: ModelConfig = configuration.build(configuration.parse(text, str(source)), ModelConfig, str(source))
-    kind = _form_of(config)
+    config, state = _stacked(Path(source))
+    kind = _form_of(config, state)
     form = find_type(kind).adapter
-    made = {k: v.clone() for k, v in released(kind, read_file(source / WEIGHTS_FILE)).items()}  # not the whole file
+    made = {k: v.clone() for k, v in released(kind, state).items()}  # not the whole file
     low = next((v.shape[0] for k, v in made.items() if k.endswith("_l1.weight")), 0)
     said = {"w_bias": any(k.endswith(".wq.bias") for k in made), "w_lora": bool(low), "lora_rank": low or 16}
     with atomic_folder(folder) as private:
@@ -302,22 +305,64 @@ def write_release(source: Path, folder: Path) -> str:
     return kind
 
 
-def _form_of(config: ModelConfig) -> str:
-    """The release that computes what this configuration does."""
+def _stacked(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and trained tensors of a model folder and of every base below it; the upper ones win."""
+    text = (source / CONFIG_FILE).read_text(encoding="utf-8")
+    config: ModelConfig = configuration.build(configuration.parse(text, str(source)), ModelConfig, str(source))
+    state = read_file(source / WEIGHTS_FILE)
+    if config.base is None:
+        return config, state
+    with beside(source):
+        folder = base_folder(config.base)
+    if config.base_sha256 not in (None, found := file_digest(folder / WEIGHTS_FILE)):
+        raise ValueError(f"{folder} is not what {source} was trained on: SHA-256 {found}, not {config.base_sha256}")
+    below, under = _stacked(folder)
+    if all(any(isinstance(s, LoraSpec) for s in c.tuning) for c in (below, config)):
+        raise ValueError(f"{source} has LoRA over that of its base {folder}; a file of LLaMA-Adapter holds one")
+    return replace(over(config, below), tuning=(*below.tuning, *config.tuning)), under | state
+
+
+def _form_of(config: ModelConfig, state: Mapping[str, Tensor]) -> str:
+    """The release that computes what this configuration does with these trained tensors."""
     prefix = next((s for s in config.tuning if isinstance(s, PrefixSpec)), None)
     low = next((s for s in config.tuning if isinstance(s, LoraSpec)), None)
-    seen = None if config.resampler is None else (config.resampler.width, config.resampler.depth)
     if prefix is None or config.projector is not None:
         raise ValueError(
             "a file of LLaMA-Adapter is of prefixes alone: this model has none, or a projector beside them"
         )
     if low is not None and (not prefix.plain or low.alpha is not None or set(low.targets) != set(LINEARS)):
         raise ValueError(f"LLaMA-Adapter's LoRA has no alpha, all linears and plain prefixes; this is {low}, {prefix}")
-    for kind, row in RELEASES.items():
-        form = row.adapter
-        if form is None or (form.blocks or form.bind) != seen or (prefix.gate == "raw" and not form.raw):
-            continue
-        wanted = PrefixSpec(form.length, form.layers, prefix.gate, prefix.new_gate, prefix.plain, prefix.init_std)
-        if prefix == wanted:  # in all else that a prefix may have too
-            return kind
-    raise ValueError(f"no release of LLaMA-Adapter has the form {prefix} with a resampler of {seen}")
+    amiss = {
+        kind: _misfits(row, row.adapter, config, prefix, state)
+        for kind, row in RELEASES.items()
+        if row.adapter is not None and not row.adapter.scaled
+    }
+    nearest = min(amiss, key=lambda kind: len(amiss[kind]))
+    if amiss[nearest]:
+        raise ValueError(
+            f"no release of LLaMA-Adapter has the form of this model; the nearest, {nearest}, differs in: "
+            + "; ".join(amiss[nearest])
+        )
+    return nearest
+
+
+def _misfits(
+    row: LlamaType, form: Adapter, config: ModelConfig, prefix: PrefixSpec, state: Mapping[str, Tensor]
+) -> list[str]:
+    """What of a model the file of a release cannot say, or its readers compute otherwise."""
+    wanted = PrefixSpec(form.length, form.layers, prefix.gate, prefix.new_gate, prefix.plain, prefix.init_std)
+    tower = None if config.tower is None else config.tower.preset
+    sees = config.resampler
+    blocks = None if sees is None else (sees.kind, sees.width, sees.depth)
+    there = ("queries", *form.blocks) if form.blocks else ("bind", *form.bind) if form.bind else None
+    more = [k for k in state if ".delta." in k or ".new_gate" in k or _KEPT.fullmatch(k.removeprefix("backbone."))]
+    checks = (
+        (prefix == wanted, f"{prefix}, and not {wanted}"),  # in all else that a prefix may have too
+        ((prefix.gate == "raw") == form.raw, f"prefix gate {prefix.gate}, and not {'raw' if form.raw else 'tanh'}"),
+        (tower == row.tower, f"tower {tower}, and not {row.tower}"),
+        (blocks == there, f"resampler {blocks}, and not {there}"),
+        # which the file does not say
+        (not form.blocks or sees is None or sees.heads == 16, f"resampler.heads {sees and sees.heads}, and not 16"),
+        (form.tuned or not more, f"trained beside the prefixes: {', '.join(more[:3])}"),
+    )
+    return [said for fits, said in checks if not fits]

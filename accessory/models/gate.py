@@ -237,7 +237,7 @@ def open_model(folder: Path) -> Net:
 
 
 def hold(
-    before: Measure,
+    before: Measure | Callable[[], Measure],
     made: Path,
     what: str,
     *,
@@ -249,7 +249,7 @@ def hold(
     """Open what was made, compare it with ``before``, and **remove it** when it is not the same model.
 
     Returns the difference. ``opened`` reads the new folder, ``measured`` measures what that gives, ``inspect`` may
-    refuse both by a :class:`GateError`.
+    refuse both by a :class:`GateError`. A ``before`` that is still to be measured is, once the new model is let go.
 
     Raises:
         GateError: when the logits moved too far, or what was made cannot even be opened.
@@ -259,7 +259,8 @@ def hold(
         after = measured(model)
         if inspect is not None:
             inspect(model, after)
-        return check(before, after, f"{what} {made}", tolerance)
+        del model  # or it and what is measured now would both be in memory
+        return check(before() if callable(before) else before, after, f"{what} {made}", tolerance)
     except GateError as error:
         remove(made)
         raise GateError(f"{error}; {made} was removed") from None

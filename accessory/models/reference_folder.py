@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from accessory.models.build import (
     write_config,
 )
 from accessory.models.encoder_store import keep_encoder
-from accessory.models.gate import GateError, check, measure, prompt_rows, remove
+from accessory.models.gate import Measure, Row, hold, measure, prompt_rows
 from accessory.models.published import find_type
 from accessory.models.reference import SKIP, Published, assemble, fill_resampler, read_published
 from accessory.peft.attach import PrefixSpec, TrainSpec, TuningSpec
@@ -125,20 +126,24 @@ def hold_pictured(
     pictures, and remove it where they differ; returns how far. None where no tokenizer lies with them.
 
     Raises:
-        GateError: when the logits moved too far.
+        GateError: when the logits moved too far, or ``out`` cannot even be opened.
     """
     if not has_tokenizer(Path(out) / "backbone"):
         return None
-    model = build.load(out, cache=cache)
-    rows, after, tower = prompt_rows(model), measure(model), model.config.tower
-    del model  # or both would be in memory
-    seen = None if tower is None else presets.build(tower.preset, tower.activation, tower.bgr)
-    net = assemble(_read(folders, kind, gate, pickles), seen)
-    try:
-        return check(measure(net, rows), after, f"converting to {out}", tolerance)
-    except GateError:
-        remove(out)
-        raise
+    rows: list[Row] = []
+    tower: TowerSource | None = None
+
+    def measured(model: build.Model) -> Measure:
+        nonlocal tower
+        rows[:], tower = prompt_rows(model), model.config.tower
+        return measure(model, rows)
+
+    def before() -> Measure:
+        seen = None if tower is None else presets.build(tower.preset, tower.activation, tower.bgr)
+        return measure(assemble(_read(folders, kind, gate, pickles), seen), rows)
+
+    opened = partial(build.load, cache=cache)
+    return hold(before, Path(out), "converting to", tolerance=tolerance, opened=opened, measured=measured)
 
 
 def trained(published: Published) -> dict[str, Tensor]:
@@ -163,7 +168,14 @@ def model_config(
     bgr: bool = False,
 ) -> ModelConfig:
     """The configuration of a converted checkpoint; ``backbone``: where its language model lies, as ``build.find``
-    finds it."""
+    finds it.
+
+    Raises:
+        ValueError: for ``bgr`` or an ``activation`` of a type that sees nothing.
+    """
+    if not published.sees and (bgr or activation is not None):
+        said = "bgr" if bgr else f"clip activation {activation}"
+        raise ValueError(f"{said} is for what a model sees with, and this {published.kind} has no encoder")
     config = published_config(published.kind, backbone, published.specs, published.llama.max_length)
     whole = published.backbone["tok_embeddings.weight"].dtype
     projector, resampler, tuning = None, None, published.specs

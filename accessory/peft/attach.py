@@ -273,22 +273,31 @@ def _kept(spec: TuningSpec, stay: Collection[str]) -> TuningSpec | None:
     return replace(spec, targets=targets) if targets else None
 
 
+def _taken_plain(backbone: nn.Module) -> tuple[str, ...]:
+    """Names of the linears of which any block's prefix takes the weights alone; a spec names them in all blocks."""
+    plain = any(a.prefix is not None and a.prefix.plain for a in _attentions(backbone))
+    return ("wk", "wv") if plain else ()
+
+
+def foldable(backbone: nn.Module) -> list[tuple[str, Linear]]:
+    """Name and module of the linears with LoRA or a scale that :func:`merge` folds."""
+    stay = _taken_plain(backbone)
+    hung = [(name, linear) for name, linear in slotted(backbone) if not (linear.delta is None and linear.scale is None)]
+    return [(name, linear) for name, linear in hung if name.rsplit(".")[-1] not in stay]
+
+
 def merge(model: nn.Module) -> float:
     """Fold LoRA and scales into the weights of the backbone; returns the largest relative difference of any layer.
 
     Each layer is compared on a fixed random input before and after. Added biases stay (they are ordinary biases then),
     and so do prefixes: their tokens go through the folded wk and wv, which compute what they did. Where a prefix takes
-    those plain, what hangs on them stays beside them, attached.
+    those plain, what hangs on the wk and wv of any block stays beside them, attached.
 
     Raises:
         ValueError: when a layer would compute something else, or is quantised. Nothing is changed then.
     """
     backbone = find_backbone(model)
-    full = [(name, linear) for name, linear in slotted(backbone) if not (linear.delta is None and linear.scale is None)]
-    taken_plain = [a for a in _attentions(backbone) if a.prefix is not None and a.prefix.plain]
-    beside = {id(linear): name for a in taken_plain for name, linear in (("wk", a.wk), ("wv", a.wv))}
-    stay = {beside[id(linear)] for _, linear in full if id(linear) in beside}
-    full = [(name, linear) for name, linear in full if id(linear) not in beside]
+    full, stay = foldable(backbone), _taken_plain(backbone)
     for name, linear in full:
         lora.refuse_quantized(linear, name)
         error, limit = lora.folding_error(linear), lora.TOLERANCE[linear.weight.dtype]

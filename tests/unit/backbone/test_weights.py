@@ -11,11 +11,12 @@ import torch
 
 from accessory.__main__ import main
 from accessory.backbone import hf, keys, meta, store, weights
-from accessory.backbone.llama import Llama
+from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.sizes import SIZES
 from accessory.nn.linear import Linear
 from accessory.nn.rope import RopeScaling
 from accessory.parallel.axes import merge_shards, shard_rule, split_shards
+from tests.tiny import tiny_tokenizer
 from tests.tiny_backbone import TINY, equal, model, write_gguf
 
 
@@ -263,3 +264,43 @@ def test_the_tool_is_the_command(tmp_path: Path) -> None:
     wrong = subprocess.run([sys.executable, str(tool), "/nowhere", str(tmp_path / "b")], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
+
+
+TAKEN = {
+    "accessory": "dtype quantize tensor-parallel tokenizer max-shard-gb tolerance skip-gate from overlay",
+    "hf": "dtype tokenizer max-shard-gb tolerance skip-gate from overlay",
+    "reference": "dtype tensor-parallel tokenizer tolerance skip-gate from overlay sparse",
+    "model": "tokenizer tolerance skip-gate from overlay llama-type prefix-gate clip-activation bgr",
+    "trained accessory": "dtype quantize base tolerance skip-gate",
+    "trained reference": "",
+}
+GIVEN = {
+    "from": ["meta"], "overlay": ["x"], "sparse": [], "dtype": ["float16"], "quantize": ["int8"], "base": ["x"],
+    "tensor-parallel": ["2"], "tokenizer": ["x"], "max-shard-gb": ["1"], "tolerance": ["0"], "skip-gate": [],
+    "llama-type": ["adapter_v1"], "prefix-gate": ["raw"], "clip-activation": ["gelu"], "bgr": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", TAKEN)
+@pytest.mark.parametrize("option", GIVEN)
+def test_an_option_that_a_way_does_not_heed_is_refused(
+    way: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    if way.startswith("trained"):
+        (source / "config.yaml").write_text("")
+    assert run(source, tmp_path / "out", "--to", way.split()[-1], f"--{option}", *GIVEN[option]) == 2
+    refused = f"--{option} needs" in capsys.readouterr().err
+    assert refused == (option not in TAKEN[way].split())  # otherwise it is the empty folder that is wrong
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size, code in ((100, 2), (360, 0)):
+        config = LlamaConfig(dim=32, n_layers=1, n_heads=4, vocab_size=size, multiple_of=16)
+        source = tmp_path / str(size)
+        weights.save_accessory(config, dict(Llama(config).state_dict()), source)
+        tiny_tokenizer(source)
+        assert run(source, tmp_path / f"out{size}") == code
+    assert "has 360 ids and the model 100 rows" in capsys.readouterr().err
+    assert not (tmp_path / "out100").exists()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from accessory.models.reference import assemble
 from accessory.models.reference_folder import convert_pictured
 from accessory.nn.attention import Attention
 from accessory.parallel.axes import split_shards
-from accessory.peft.attach import merge
+from accessory.peft.attach import BiasSpec, LoraSpec, NormSpec, TrainSpec, merge
 from accessory.vision import presets
 from tests.tiny import tiny_tokenizer
 from tests.unit.models.adapters import SMALL, Plain, clip, filled, laid, parts, scores, shrink
@@ -252,13 +253,18 @@ def test_a_file_goes_in_and_comes_out(
             assert torch.equal(again.state[key], value), key
 
 
+def v2_folder(top: Path) -> build.ModelConfig:
+    """The model folder ``top/out`` of a small V2."""
+    _, state = parts("adapter_v2")
+    torch.save({"model": state}, top / "v2.pth")
+    torch.save(clip(), top / "clip.pt")
+    folders = [base_folder(top / "llama"), top / "v2.pth", top / "clip.pt"]
+    return convert_pictured(folders, top / "out", cache=top, pickles=True)
+
+
 def test_other_forms_are_not_written(small: None, tmp_path: Path) -> None:
     """What LLaMA-Adapter's code would compute otherwise is refused."""
-    _, state = parts("adapter_v2")
-    torch.save({"model": state}, tmp_path / "v2.pth")
-    torch.save(clip(), tmp_path / "clip.pt")
-    folders = [base_folder(tmp_path / "llama"), tmp_path / "v2.pth", tmp_path / "clip.pt"]
-    config = convert_pictured(folders, tmp_path / "out", cache=tmp_path, pickles=True)
+    config = v2_folder(tmp_path)
     for changed, message in (
         ({"length": 5}, "no release of LLaMA-Adapter has the form"),
         ({"gate": "raw"}, "no release of LLaMA-Adapter has the form"),
@@ -268,6 +274,22 @@ def test_other_forms_are_not_written(small: None, tmp_path: Path) -> None:
         build.write_config(tmp_path / "out", replace(config, tuning=tuple(specs)))
         with pytest.raises(ValueError, match=message):
             write_release(tmp_path / "out", tmp_path / "back")
+    assert config.resampler is not None and config.tower is not None  # noqa: PT018
+    other: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"resampler": replace(config.resampler, heads=8)}, "nearest, adapter_v2, differs in: resampler.heads 8, and"),
+        ({"tower": replace(config.tower, preset="clip-h-projected")}, "tower clip-h-projected, and not clip-l-proj"),
+        ({"tower": None}, "tower None, and not clip-l-projected"),
+        (
+            {"resampler": replace(config.resampler, kind="bind")},
+            r"resampler \('bind', 32, 4\), and not \('queries', 32",
+        ),
+    )
+    for parts_of, message in other:
+        build.write_config(tmp_path / "out", replace(config, **parts_of))
+        with pytest.raises(ValueError, match=message):
+            write_release(tmp_path / "out", tmp_path / "back")
+    build.write_config(tmp_path / "out", config)
+    assert write_release(tmp_path / "out", tmp_path / "back") == "adapter_v2"  # and as it is, it is
     build.write_config(tmp_path / "out", replace(config, tuning=()))
     with pytest.raises(ValueError, match="is of prefixes alone"):
         write_release(tmp_path / "out", tmp_path / "back")
@@ -277,14 +299,66 @@ def test_other_forms_are_not_written(small: None, tmp_path: Path) -> None:
         released("adapter_v2_chat65b", {})
 
 
-def test_red_and_blue_may_be_exchanged(small: None, tmp_path: Path) -> None:
+def test_the_first_form_is_raw_prefixes_alone(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, state = parts("adapter_v1")
+    torch.save(state, tmp_path / "v1.pth")
+    folders = [base_folder(tmp_path / "llama"), tmp_path / "v1.pth"]
+    convert_pictured(folders, tmp_path / "out", pickles=True)
+    assert write_release(tmp_path / "out", tmp_path / "back") == "adapter_v1"
+    convert_pictured(folders, tmp_path / "tanh", pickles=True, gate="tanh")
+    with pytest.raises(ValueError, match=r"nearest, adapter_v1, differs in: prefix gate tanh, and not raw"):
+        write_release(tmp_path / "tanh", tmp_path / "x")
+    for spec, name in (
+        (NormSpec(), "layers.0.attention_norm.weight"),
+        (BiasSpec(("wq",)), "layers.0.attention.wq.bias"),
+        (LoraSpec(2), "layers.0.attention.wk.delta.a.weight"),
+    ):
+        top = build.build(build.ModelConfig(base=str(tmp_path / "out"), tuning=(spec,)), train=True)
+        build.save(top, tmp_path / spec.kind)
+        with pytest.raises(ValueError, match=rf"adapter_v1, differs in: trained beside the prefixes: backbone\.{name}"):
+            write_release(tmp_path / spec.kind, tmp_path / "x")
+    convert = ["convert", str(folders[0]), str(tmp_path / "bgr"), "--to", "model", "--overlay", str(folders[1])]
+    assert main([*convert, "--bgr"]) == 2
+    assert "bgr is for what a model sees with, and this adapter_v1 has no encoder" in capsys.readouterr().err
+    assert not (tmp_path / "bgr").exists()
+
+
+def test_what_the_base_has_learned_is_in_the_file(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second stage on a folder with prefixes, a resampler and LoRA: the file holds all of it, its own on top."""
+    monkeypatch.setenv("ACCESSORY_CACHE", str(tmp_path))
+    v2_folder(tmp_path)
+    stage = build.ModelConfig(base=str(tmp_path / "out"), tuning=(TrainSpec(("backbone.*.prefix.tokens",)),))
+    top = build.build(stage, train=True)
+    for p in (p for p in top.net.parameters() if p.requires_grad):
+        p.data.mul_(-1)
+    build.save(top, tmp_path / "top")
+    assert write_release(tmp_path / "top", tmp_path / "back") == "adapter_v2"
+    again = read_files([tmp_path / "back" / "adapter_v2.pth"], pickles=True).state
     _, state = parts("adapter_v2")
-    torch.save({"model": state}, tmp_path / "v2.pth")
-    torch.save(clip(), tmp_path / "clip.pt")
-    folders = [base_folder(tmp_path / "llama"), tmp_path / "v2.pth", tmp_path / "clip.pt"]
-    for bgr in (False, True):
-        convert_pictured(folders, tmp_path / f"out{bgr}", cache=tmp_path, pickles=True, bgr=bgr)
-    plain, turned = (build.load(tmp_path / f"out{bgr}", cache=tmp_path).net.tower for bgr in (False, True))
+    assert set(again) == set(state)
+    assert torch.equal(again["adapter_query.weight"], -state["adapter_query.weight"])
+    others = [k for k in state if "gate" not in k and k != "adapter_query.weight"]
+    assert all(torch.equal(again[k], state[k]) for k in others)
+    # and the file is the model that was trained, which its base is not
+    back = [tmp_path / "llama", tmp_path / "back" / "adapter_v2.pth", tmp_path / "clip.pt"]
+    convert_pictured(back, tmp_path / "again", cache=tmp_path, pickles=True)
+    said = [scores(build.load(tmp_path / n).net) for n in ("again", "top", "out")]
+    torch.testing.assert_close(said[0], said[1], rtol=1e-5, atol=1e-5)
+    assert (said[1] - said[2]).abs().max() > 1e-3
+    # another base than that, and LoRA over its LoRA
+    build.write_config(tmp_path / "top", replace(top.config, base_sha256="0" * 64))
+    with pytest.raises(ValueError, match=r"out is not what .*top was trained on: SHA-256"):
+        write_release(tmp_path / "top", tmp_path / "x")
+    build.write_config(tmp_path / "top", replace(top.config, tuning=(LoraSpec(2),)))
+    with pytest.raises(ValueError, match=r"top has LoRA over that of its base .*out"):
+        write_release(tmp_path / "top", tmp_path / "x")
+
+
+def test_red_and_blue_may_be_exchanged(small: None, tmp_path: Path) -> None:
+    v2_folder(tmp_path)
+    folders = [tmp_path / "llama", tmp_path / "v2.pth", tmp_path / "clip.pt"]
+    convert_pictured(folders, tmp_path / "bgr", cache=tmp_path, pickles=True, bgr=True)
+    plain, turned = (build.load(tmp_path / n, cache=tmp_path).net.tower for n in ("out", "bgr"))
     assert plain is not None
     assert turned is not None
     tiles = torch.rand(1, 3, 32, 32)

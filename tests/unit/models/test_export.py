@@ -193,7 +193,7 @@ def test_what_cannot_be_handed_on(top: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["convert", str(top / BASE), str(tmp_path / "out"), "--to", "hf"]) == 2
     assert "--to hf is for whole models" in capsys.readouterr().err
     assert main(["convert", str(top / "exps"), str(tmp_path / "out"), "--base", "x"]) == 2
-    assert "--base is for model and generator folders" in capsys.readouterr().err
+    assert "--base needs a model or generator folder --to accessory" in capsys.readouterr().err
 
 
 def test_a_chat_model_is_handed_on(top: Path, tmp_path: Path) -> None:

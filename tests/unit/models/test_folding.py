@@ -59,3 +59,30 @@ def test_a_wrong_fold_is_not_kept(tuned: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(GateError, match="merging"):
         fold_folder(tuned, tuned.parent / "out")
     assert not (tuned.parent / "out").exists()
+
+
+@pytest.mark.parametrize("layers", [1, None])
+def test_lora_beside_plain_prefixes_is_folded_but_for_keys_and_values(tmp_path: Path, layers: int | None) -> None:
+    """Those two keep theirs in every block, whichever blocks have a prefix, and the folder says so."""
+    prefix = PrefixSpec(2, layers, plain=True)
+    made = tiny_model(tmp_path, train=True, tuning=(LoraSpec(2), prefix, TUNING[-1]))
+    for name, p in made.net.named_parameters():
+        if "delta" in name or "prefix" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    build.save(made, tmp_path / "tuned")
+    fold_folder(tmp_path / "tuned", tmp_path / "out")
+    before, after = build.load(tmp_path / "tuned"), build.load(tmp_path / "out")
+    assert difference(measure(before), measure(after)) < 1e-4
+    assert attached(after.net)[:2] == (LoraSpec(2, targets=("wk", "wv")), prefix)
+    kept = [n for n, m in after.net.named_modules() if isinstance(m, LowRank)]
+    assert {n.split(".")[-2] for n in kept} == {"wk", "wv"}
+    assert len(kept) == 2 * len(after.net.backbone.layers)
+    # and what was kept matters
+    for m in after.net.modules():
+        if isinstance(m, LowRank):
+            torch.nn.init.zeros_(m.b.weight)
+    assert difference(measure(before), measure(after)) > 1e-3
+    keys = LoraSpec(2, targets=("wk", "wv"))
+    build.save(tiny_model(tmp_path / "kv", train=True, tuning=(keys, prefix)), tmp_path / "keys")
+    with pytest.raises(ValueError, match="nothing to fold"):
+        fold_folder(tmp_path / "keys", tmp_path / "again")

@@ -269,3 +269,17 @@ def test_a_folder_that_says_something_else_is_not_kept(
     monkeypatch.setattr(reference_folder, "trained", real)
     assert main(convert) == 0
     assert "logits of the fixed prompts: moved by" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_opened_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCESSORY_CACHE", str(tmp_path / "cache"))
+    convert = ["convert", str(folder_of(tmp_path / "in", state_of())), str(tmp_path / "out"), "--to", "model"]
+    real = reference_folder.trained
+    monkeypatch.setattr(reference_folder, "trained", lambda p: {**real(p), "odd": torch.ones(1)})
+    assert main(convert) == 2
+    assert "cannot be opened (trainable state does not fit" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*convert, "--skip-gate"]) == 0  # and it is the gate that removes it
+    assert (tmp_path / "out").exists()

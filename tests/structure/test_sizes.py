@@ -55,7 +55,7 @@ def test_no_function_is_too_long() -> None:
 
 def test_files_are_small_on_the_whole() -> None:
     sizes = sorted(len(s.text.splitlines()) for s in sources("accessory") if s.text)
-    assert sizes[len(sizes) // 2] <= 160
+    assert sizes[len(sizes) // 2] <= 170
 
 
 def test_everything_is_annotated() -> None:

@@ -105,7 +105,7 @@ def test_a_small_set_stops_too(tmp_path: Path, encoder: Encoder, caplog: pytest.
 def test_the_ranks_report_together(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger()
     ledger.load_state_dict({"seen": 10, "bad": 0})  # this rank met none
-    monkeypatch.setattr("accessory.parallel.groups.gather_objects", lambda own: [own, {"seen": 12, "bad": 3}])
+    monkeypatch.setattr("accessory.parallel.groups.gather_objects", lambda own, over: [own, {"seen": 12, "bad": 3}])
     with reported(ledger):
         pass
     assert "3 of 22 rows rejected" in caplog.text

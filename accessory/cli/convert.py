@@ -200,7 +200,7 @@ def _quantize(
         readers = source.readers if source is not None else {k: partial(_itself, v) for k, v in read()[1].items()}
 
         def inspect(written: Llama, _: Measure) -> None:
-            check_codes(written, lambda name: readers[f"{name}.weight"](), f"quantising {args.src}", bound)
+            check_codes(written, lambda name: readers[f"{name}.weight"](), f"quantising {args.src}")
 
         hold(after, args.dst, "writing", opened=_open, measured=partial(measure, rows=rows), inspect=inspect)
     return said

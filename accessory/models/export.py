@@ -134,9 +134,7 @@ def hold_export(
 
     def inspect(quantised: Model, after: Measure) -> None:
         found.append(check_drift(before, after, f"quantising {source}", bound))
-        check_codes(
-            quantised, lambda n: backbone.get_submodule(n).get_parameter("weight"), f"quantising {source}", bound
-        )
+        check_codes(quantised, lambda n: backbone.get_submodule(n).get_parameter("weight"), f"quantising {source}")
 
     hold(before, target, "exporting to", tolerance=float("inf"), inspect=inspect)
     return found[0]

@@ -209,8 +209,8 @@ def check_drift(before: Measure, after: Measure, what: str, bound: Bound) -> Dri
     return moved
 
 
-def check_codes(model: Net, weight: Callable[[str], Tensor], what: str, bound: Bound) -> float:
-    """The largest error of a code in a quantised ``model``, when it is within ``bound``: what
+def check_codes(model: Net, weight: Callable[[str], Tensor], what: str) -> float:
+    """The largest error of a code in a quantised ``model``, when it is within :data:`QUANTISED`: what
     :func:`accessory.peft.quantize.code_error` says of every layer and the full weight that it was made of, which
     ``weight`` gives by the layer's name in the backbone, one at a time.
 
@@ -220,7 +220,7 @@ def check_codes(model: Net, weight: Callable[[str], Tensor], what: str, bound: B
     worst = 0.0
     for name, kernel in kernels(model.net if isinstance(model, Model) else model):
         error = code_error(kernel, weight(name))
-        limit = QUANTISED[kernel.kind].code if kernel.kind == "int8" else bound.code  # a table is int8 in any kind
+        limit = QUANTISED[kernel.kind].code  # of the layer: a table is int8 in any kind of model
         if not error <= limit:
             raise GateError(
                 f"{what}: in {name} a weight is off by {error:.2g} of the largest that shares its scale, "

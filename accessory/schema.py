@@ -120,6 +120,8 @@ class Batch:
     """Right-padded samples. ``ids``, ``labels``, ``mask`` (B,T); ``tiles`` (N,3,S,S) in reading order of the batch.
 
     ``mask`` is True on real positions. N may be 0, and T for prompts with their pictures, which are ``targets``.
+    ``packed``: the language model reads the samples one behind the other in a single row, without their padding and
+    without one seeing another; whatever belongs to a sample (its labels, tiles, source, targets) is where it always is.
     """
 
     ids: Tensor
@@ -128,6 +130,7 @@ class Batch:
     tiles: Tensor
     sources: tuple[str, ...] = ()
     targets: Targets | None = None
+    packed: bool = False
 
     @property
     def images(self) -> int:
@@ -143,4 +146,5 @@ class Batch:
             self.tiles.to(device),
             self.sources,
             None if self.targets is None else self.targets.to(device),
+            self.packed,
         )

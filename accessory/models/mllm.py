@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from accessory.backbone.llama import Llama
 from accessory.models.splice import splice
 from accessory.nn.cache import KVCache
+from accessory.nn.ragged import Ragged
 from accessory.tokens import IMAGE, IMAGE_END, IMAGE_START, SKIP
 from accessory.vision.projector import Projector
 from accessory.vision.resampler import Resampler
@@ -119,16 +120,21 @@ class MLLM(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         context: Tensor | None = None,
+        layout: Ragged | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, D) of ids (B, T) and the tiles (N, 3, S, S) that their placeholders stand for.
 
         ``mask``, ``positions`` and ``cache`` as in :meth:`accessory.backbone.llama.Llama.forward`; ``context`` (from
         :meth:`context`) goes with every later step of a dialogue whose pictures are in the cache.
+
+        ``layout``: of right-padded ids; they are computed as one row without padding, in which none sees
+        another, and the states are (1, N, D).
         """
-        x = self.embed(ids, tiles, features)
+        x = self.embed(ids if layout is None else layout.flat(ids), tiles, features)
         if context is None and tiles is not None:
             context = self.context(ids, tiles)
-        return self.backbone(x, mask=mask, positions=positions, cache=cache, context=context)
+        seen = mask if layout is None else layout
+        return self.backbone(x, mask=seen, positions=positions, cache=cache, context=context)
 
     def logits(self, h: Tensor) -> Tensor:
         """Vocabulary scores (..., V) of hidden states (..., D)."""

@@ -84,13 +84,15 @@ class EmaConfig:
 class TrainConfig:
     """A run of ``max_steps`` updates, or of ``max_seconds``, whichever ends first.
 
-    ``batch_size`` counts samples of one micro-batch on one rank; an update sees ``batch_size x accumulation x ranks``.
+    ``batch_size`` counts samples of one micro-batch on one rank, or packs where ``data.packing`` is set; an update sees
+    ``batch_size x accumulation x ranks``.
     ``schedule_by='time'`` lets the cosine follow the wall clock, so that a run with a fixed time budget ends with a
     cooled-down learning rate whatever the machine's speed. ``clip_norm`` None does not clip; ``threads`` None leaves
     torch's choice; ``precision`` bf16 computes in bf16 on a GPU, and on a CPU only with ``cpu_autocast``: it pays where
     most weights train, and costs where frozen fp32 weights are converted at every step. ``optimizer`` muon updates
     hidden matrices by :class:`torch.optim.Muon` (same learning rates, as its updates are scaled to AdamW's size) and
-    all others by AdamW. ``log_every`` and ``checkpoint_every`` count updates.
+    all others by AdamW. ``loss_chunk``: at most so many learned positions have their scores over the vocabulary in
+    memory at a time; null: all of a micro-batch. ``log_every`` and ``checkpoint_every`` count updates.
     """
 
     output_dir: str
@@ -119,10 +121,11 @@ class TrainConfig:
     schedule_by: Literal["steps", "time"] = "steps"
     tensorboard: bool = True
     ema: EmaConfig | None = None
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "batch_size", "accumulation", "checkpoint_every", "keep_last", "log_every")
-        for name in (*counts, "threads"):
+        for name in (*counts, "threads", "loss_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1")

@@ -17,6 +17,7 @@ from accessory.backbone.store import read_file
 from accessory.data.audit import render_row
 from accessory.data.loader import Loader, RowEncoder
 from accessory.data.mixture import Ledger, Mixture
+from accessory.data.packing import PackingConfig
 from accessory.data.rows import RowRejected
 from accessory.data.sources import load_sources
 from accessory.models import build
@@ -40,13 +41,15 @@ C = TypeVar("C")
 class DataConfig:
     """``sources``: a file of ``data_configs/``, relative to the working directory or to the experiment file.
 
-    ``window`` batches are sorted by length together; ``workers`` processes encode ahead.
+    ``window`` batches are sorted by length, or packed, together; ``workers`` processes encode ahead. ``packing`` puts
+    samples into packs without padding, which do not see each other; ``train.batch_size`` then counts packs.
     """
 
     sources: str
     workers: int = 1
     window: int = 8
     max_bad_rate: float = 0.05
+    packing: PackingConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def run(
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)
-    objective = DialogueObjective(config.objective, model.tokenizer, cache)
+    objective = DialogueObjective(config.objective, model.tokenizer, cache, config.train.loss_chunk)
     objective.prepare(model.net)
     minimised = _disjoint(config, objective, model.net)
     model.net.to(device)
@@ -121,7 +124,7 @@ def run(
         resolved=resolved,
         texts=export_texts(model.config, resolved, config.data, folder),
     )
-    with reported(source.ledger):
+    with reported(source):
         return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
 
 
@@ -139,6 +142,11 @@ def _disjoint(config: RunConfig, objective: DialogueObjective, net: nn.Module) -
     if groups and config.train.block_checkpointing:
         raise ValueError(
             "train.block_checkpointing runs blocks again when objective.disjoint has thawed them; leave one of them out"
+        )
+    if groups and config.train.loss_chunk:
+        raise ValueError(
+            "train.loss_chunk computes scores again when objective.disjoint has thawed what makes them; leave one of "
+            "them out"
         )
     return DisjointObjective(objective, groups, net) if groups else objective
 
@@ -181,7 +189,8 @@ def _peek(source: Loader) -> Batch:
     """The first draws as a batch. ``source`` still stands where it stood, and no rejected row is booked."""
     ledger = Ledger(max_rate=source.ledger.max_rate)
     look = Loader(
-        source.mixture, source.encoder, source.batch_size, rank=source.rank, world=source.world, ledger=ledger
+        source.mixture, source.encoder, source.batch_size, rank=source.rank, world=source.world, ledger=ledger,
+        packing=source.packing,
     )  # fmt: skip
     return next(iter(look))
 
@@ -216,18 +225,26 @@ def open_loader(
         rank=groups.rank(),
         world=groups.world_size(),
         ledger=ledger,
+        packing=data.packing,
     )
 
 
 @contextmanager
-def reported(ledger: Ledger) -> Iterator[None]:
-    """Say at the end of a run how many rows it could not use."""
+def reported(source: Loader) -> Iterator[None]:
+    """Say at the end of a run how many rows it could not use, and how full its packs were."""
     try:
         yield
     except BaseException:
-        report_rejected(ledger)  # of this rank alone: the others may not come to be asked
+        report_rejected(source.ledger)  # of this rank alone: the others may not come to be asked
         raise
-    report_rejected(ledger, together=True)
+    report_rejected(source.ledger, together=True)
+    report_filled(source)
+
+
+def report_filled(source: Loader) -> None:
+    """Say how full the packs are that were handed out."""
+    if source.packing is not None and source.filled is not None:
+        LOG.info("packs of %d positions were %.1f %% full", source.packing.length, 100 * source.filled)
 
 
 def report_rejected(ledger: Ledger, *, together: bool = False) -> None:

@@ -284,7 +284,7 @@ class Loader:
                 rows.sort(key=lambda r: len(r.ids))  # stable, so equal lengths keep their order
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             return [batches[i] for i in generator.permutation(len(batches))], []
-        found = knapsack([(len(r.ids), len(r.tiles)) for r in rows], self.packing)
+        found = knapsack([(len(r.ids), len(r.tiles)) for r in rows], self.packing, len(waited))
         packs = [[rows[i] for i in sorted(pack)] for pack in found]
         packs.sort(key=lambda p: (any(r.draw in waited for r in p), sum(len(r.ids) for r in p)))
         spare = len(packs) - (len(packs) - 1) // self.batch_size * self.batch_size

@@ -39,13 +39,13 @@ class PackingConfig:
         return max(positions / self.length, tiles / self.tiles if self.tiles else 0.0)
 
 
-def knapsack(sizes: Sequence[tuple[int, int]], config: PackingConfig) -> list[list[int]]:
+def knapsack(sizes: Sequence[tuple[int, int]], config: PackingConfig, first: int = 0) -> list[list[int]]:
     """Packs as indices into ``sizes``, the (positions, tiles) of samples that fit alone: the largest first, each where
-    the least room remains (best fit decreasing)."""
+    the least room remains (best fit decreasing). The ``first`` ones go before all others: they are in no late pack."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []
     unlimited = sum(tiles for _, tiles in sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: (-config.share(*sizes[i]), -sizes[i][0], i)):
+    for i in sorted(range(len(sizes)), key=lambda i: (i >= first, -config.share(*sizes[i]), -sizes[i][0], i)):
         positions, tiles = sizes[i]
         fits = [(p, k) for k, (p, t) in enumerate(room) if positions <= p and tiles <= t]
         if fits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,13 +187,17 @@ def _match_scale(model: Model, source: Loader) -> None:
 
 
 def _peek(source: Loader) -> Batch:
-    """The first draws as a batch. ``source`` still stands where it stood, and no rejected row is booked."""
+    """The first draws as a batch."""
+    return next(iter(_copy(source)))
+
+
+def _copy(source: Loader, window: int = 1) -> Loader:
+    """The same data from its first draw on. ``source`` still stands where it stood, and no rejected row is booked."""
     ledger = Ledger(max_rate=source.ledger.max_rate)
-    look = Loader(
+    return Loader(
         source.mixture, source.encoder, source.batch_size, rank=source.rank, world=source.world, ledger=ledger,
-        packing=source.packing,
+        window=window, packing=source.packing,
     )  # fmt: skip
-    return next(iter(look))
 
 
 def sources_file(data: DataConfig, folder: Path) -> Path:
@@ -269,6 +274,11 @@ def plan(net: nn.Module, source: Loader, config: TrainConfig, resolved: str, sho
         except RowRejected:
             continue
         print(f"the first row, {row.source} {row.index}{show(row)}")
+        if source.packing is not None:
+            look = _copy(source, source.window)
+            for _ in islice(look, source.window):  # a window has so many batches at least
+                pass
+            report_filled(look)
         return
     raise ValueError(f"none of the first {source.ledger.after} rows can be used")
 

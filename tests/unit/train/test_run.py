@@ -183,7 +183,7 @@ def test_a_cut_run_goes_on_with_its_packs(tmp_path: Path, caplog: pytest.LogCapt
         return dict(checkpoint.load(tmp_path / name / "step-000009").trainable), state["ranks"][0]["data"]
 
     caplog.set_level(logging.INFO)
-    (whole, _), (parts, state) = go("whole", 9), go("parts", 3, 9)
+    (whole, _), (parts, state) = go("whole", 9), go("parts", 4, 9)
     assert state["given"] == 1
     assert state["held"]
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())

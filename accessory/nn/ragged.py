@@ -52,7 +52,9 @@ class Ragged:
                 f"rows of lengths {lengths} in {mask.shape[1]} columns: each is right-padded and not empty"
             )
         starts, device = _starts(lengths), mask.device
-        groups, order, back = [], [], [0] * sum(lengths)
+        groups: list[Group] = []
+        order: list[int] = []
+        back = [0] * sum(lengths)
         for rows, longest in _alike(lengths):
             index = [[starts[r] + min(i, lengths[r] - 1) for i in range(longest)] for r in rows]
             for place, r in enumerate(rows):

@@ -185,7 +185,15 @@ class Optimizer:
             for moment, value in moments[name].items():
                 if moment != "step" and value.shape != master.shape:
                     raise ValueError(f"{moment} of {name} has shape {list(value.shape)}, not {list(master.shape)}")
-            owner[name].state[master] = {m: v.to(master.device, copy=True) for m, v in moments[name].items()}
+            owner[name].state[master] = {m: _laid_out(v, master) for m, v in moments[name].items()}
+
+
+def _laid_out(moment: Tensor, master: Tensor) -> Tensor:
+    """A moment as it lies in memory while training. Files hold rows one after another, convolutions of some towers have
+    their channels last, and the fused update pairs numbers by their place in memory."""
+    if moment.shape != master.shape:
+        return moment.to(master.device, copy=True)  # a count of steps
+    return torch.empty_like(master, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -155,6 +155,35 @@ class _Blocks(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
 
 
+def test_moments_lie_in_memory_as_their_parameters_do() -> None:
+    """Convolutions with their channels last: a resumed update is that of a run which was never cut, bit for bit."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+
+    def update(net: nn.Module, optimizer: Optimizer, step: int) -> None:
+        g = torch.Generator().manual_seed(step)
+        net(torch.randn(2, 3, 5, 5, generator=g)).square().sum().backward()
+        optimizer.collect()
+        optimizer.step(0.1)
+
+    net = made()
+    optimizer = Optimizer(net, CONFIG)
+    update(net, optimizer, 0)
+    other = made()
+    other.load_state_dict(net.state_dict())
+    resumed = Optimizer(other, CONFIG)
+    resumed.load_state({k: v.clone(memory_format=torch.contiguous_format) for k, v in optimizer.state().items()})
+    for step in (1, 2):
+        update(net, optimizer, step)
+        update(other, resumed, step)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    moment = resumed.state()["exp_avg/weight"]
+    assert moment.is_contiguous(memory_format=torch.channels_last)
+    assert not moment.is_contiguous()
+
+
 def test_muon_takes_the_matrices_inside_blocks() -> None:
     torch.manual_seed(0)
     model = _Blocks()

@@ -192,6 +192,16 @@ def test_a_cut_run_goes_on_with_its_packs(tmp_path: Path, caplog: pytest.LogCapt
     assert any(not torch.equal(v, whole[k]) for k, v in go("plain", 9)[0].items())
 
 
+def test_a_dry_run_says_how_full_packs_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = write_squares(tmp_path, 2)
+    assert main_config(path, ["data.packing.length=70", "data.window=4"], dry_run=True) is None
+    assert "packs of 70 positions were 9" in caplog.text
+    caplog.clear()
+    assert main_config(path, dry_run=True) is None
+    assert "packs of" not in caplog.text
+
+
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     group = RowGroup("all", ("*",), ("*",))

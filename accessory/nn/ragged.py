@@ -115,6 +115,7 @@ class Ragged:
         ends = torch.tensor(self.lengths).cumsum(0)
         return torch.cat((ends.new_zeros(1), ends)).to(self.mask.device, torch.int32)
 
+    @torch.compiler.disable
     def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Causal attention of (1, H, N, A) over (1, K, N, A) by flash-attn; None where it cannot serve."""
         function = flash_attention() if q.device.type == "cuda" else None

@@ -20,7 +20,7 @@ from PIL import Image
 from accessory.data import emoji, requests, scenes, small_talk, words
 from accessory.data.assets import asset_dir, default_cache
 from accessory.data.flags import countries, flag_pictures
-from accessory.schema import CAPTION, Picture, Sample, Turn
+from accessory.schema import CAPTION, Part, Picture, Sample, Turn
 
 Split = Literal["train", "test"]
 SCENE_COUNT: dict[Split, int] = {"train": 20_000, "test": 400}
@@ -240,10 +240,11 @@ def _flags(request: _Request) -> tuple[int, Maker]:
     return len(known), make
 
 
-def _drawn(
-    request: _Request, said: Callable[[emoji.Concept, str, np.random.Generator], requests.Said]
-) -> tuple[int, Maker]:
-    """One request, answered by a plain picture. Test: the pairs that are held out, then as many of training's."""
+Saying = Callable[[emoji.Concept, str, np.random.Generator], requests.Said]
+
+
+def _drawn(request: _Request, said: Saying, reply: Saying = lambda *_: ()) -> tuple[int, Maker]:
+    """One request, answered by a plain picture, behind what ``reply`` says. Test: the pairs that are held out, then as many of training's."""
     known = emoji.concepts(request.cache)
     all_pairs = [(s, k) for s in emoji.STYLES for k in range(len(known))]
     hidden = [p for p in all_pairs if emoji.held_out(p[0], known[p[1]].hexcode)]
@@ -255,8 +256,10 @@ def _drawn(
     def make(item: int, index: int) -> Sample:
         style, row = pairs[item]
         picture = Image.fromarray(emoji.plain(drawn[style][row], request.size))
-        asked = said(known[row], emoji.STYLE_WORDS[style], request.rng(index))
+        rng, word = request.rng(index), emoji.STYLE_WORDS[style]
+        asked = said(known[row], word, rng)
         turns = tuple(Turn(("user", "assistant")[k % 2], (text,)) for k, text in enumerate(asked))
+        answer: tuple[Part, ...] = (*reply(known[row], word, rng), Picture(picture))
         held = not request.training and item < len(hidden)
         meta: dict[str, Any] = {
             "task": request.name,
@@ -267,7 +270,7 @@ def _drawn(
         }
         meta[CAPTION] = request.name == "emoji-captions"
         return Sample(
-            (*turns, Turn("assistant", (Picture(picture),))), f"builtin:{request.name}:{request.split}", index, meta
+            (*turns, Turn("assistant", answer)), f"builtin:{request.name}:{request.split}", index, meta
         )
 
     return len(pairs), make
@@ -295,7 +298,7 @@ def _requests(request: _Request) -> tuple[int, Maker]:
     def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> requests.Said:
         return requests.said(concept, style, held_back[concept.hexcode], rng, training=request.training)
 
-    return _drawn(request, said)
+    return _drawn(request, said, functools.partial(requests.reply, training=request.training))
 
 
 def _small_talk(request: _Request) -> tuple[int, Maker]:

@@ -244,7 +244,8 @@ Saying = Callable[[emoji.Concept, str, np.random.Generator], requests.Said]
 
 
 def _drawn(request: _Request, said: Saying, reply: Saying = lambda *_: ()) -> tuple[int, Maker]:
-    """One request, answered by a plain picture, behind what ``reply`` says. Test: the pairs that are held out, then as many of training's."""
+    """One request, answered by a plain picture, behind what ``reply`` says. Test: the pairs that are held out, then as
+    many of training's."""
     known = emoji.concepts(request.cache)
     all_pairs = [(s, k) for s in emoji.STYLES for k in range(len(known))]
     hidden = [p for p in all_pairs if emoji.held_out(p[0], known[p[1]].hexcode)]
@@ -269,9 +270,7 @@ def _drawn(request: _Request, said: Saying, reply: Saying = lambda *_: ()) -> tu
             "held_out": held,
         }
         meta[CAPTION] = request.name == "emoji-captions"
-        return Sample(
-            (*turns, Turn("assistant", answer)), f"builtin:{request.name}:{request.split}", index, meta
-        )
+        return Sample((*turns, Turn("assistant", answer)), f"builtin:{request.name}:{request.split}", index, meta)
 
     return len(pairs), make
 

@@ -288,14 +288,14 @@ def _captions(request: _Request) -> tuple[int, Maker]:
     return _drawn(request, said)
 
 
-def _requests(request: _Request) -> tuple[int, Maker]:
-    """The same asked for in a dialogue, in training often by keywords alone."""
+def _requests(request: _Request, share: float = requests.KEYWORDS_SHARE) -> tuple[int, Maker]:
+    """The same asked for in a dialogue, in training often by keywords alone: in a ``share`` of the rows."""
     known = emoji.concepts(request.cache)
     uses = requests.tag_counts(known)
     held_back = {concept.hexcode: requests.withheld(concept, uses) for concept in known}
 
     def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> requests.Said:
-        return requests.said(concept, style, held_back[concept.hexcode], rng, training=request.training)
+        return requests.said(concept, style, held_back[concept.hexcode], rng, training=request.training, share=share)
 
     return _drawn(request, said, functools.partial(requests.reply, training=request.training))
 
@@ -329,7 +329,8 @@ NAMES: dict[str, Callable[[_Request], tuple[int, Maker]]] = {
     "flags": _flags,
     "emoji-captions": _captions,
     "emoji-requests": _requests,
+    "emoji-keywords": functools.partial(_requests, share=1.0),
     "small-talk": _small_talk,
 }
-DRAWN = frozenset(("emoji-captions", "emoji-requests", "small-talk"))
+DRAWN = frozenset(("emoji-captions", "emoji-requests", "emoji-keywords", "small-talk"))
 """Sets whose pictures are the assistant's."""

@@ -45,12 +45,21 @@ REPLY_SHARE = 0.9  # of training's pictures; the others come at once, as where o
 _WORD = re.compile(r"\w+")
 
 
-def said(concept: Concept, style: str, held_back: Sequence[str], rng: np.random.Generator, *, training: bool) -> Said:
+def said(
+    concept: Concept,
+    style: str,
+    held_back: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    training: bool,
+    share: float = KEYWORDS_SHARE,
+) -> Said:
     """A request for the concept; for the test always by its name and in the first wording.
 
-    ``held_back``: keywords of which a training row has at most one less than all, see :func:`withheld`.
+    ``held_back``: keywords of which a training row has at most one less than all, see :func:`withheld`. ``share``: of
+    the requests of training that say keywords in place of the name.
     """
-    tags = _drawn_tags(concept, held_back, rng) if training and rng.random() < KEYWORDS_SHARE else ()
+    tags = _drawn_tags(concept, held_back, rng) if training and rng.random() < share else ()
     wordings = BY_KEYWORDS if tags else BY_NAME
     chosen = wordings[int(rng.integers(len(wordings))) if training else 0]
     words = {"label": concept.label, "style": style, "tags": _listed(tags)}

@@ -162,6 +162,7 @@ def _retrieval(config: object, cache: Path | None, tuned: object) -> None:
 def _draws(folder: Path, args: argparse.Namespace) -> int:
     from accessory.config import plain
     from accessory.evaluate import trigger
+    from accessory.evaluate.asking import partners
     from accessory.evaluate.drawn import Scorer
     from accessory.evaluate.gallery import Gallery, encoder
     from accessory.evaluate.tally import LEGEND, LIKENESS_HEAD, RANKS_HEAD, likeness_line, split
@@ -190,6 +191,12 @@ def _draws(folder: Path, args: argparse.Namespace) -> int:
         print("\n" + trigger.HEAD)
         for line in trigger.rates(model.conditioner, args.cache, args.limit):
             print(line, flush=True)
+        if model.conditioner.reply:
+            print("\n" + trigger.NAMES_HEAD)
+        for asked in sets.values() if model.conditioner.reply else ():
+            if not isinstance(asked[0].prompt, str):
+                for line in trigger.names(model.conditioner, asked, partners(asked), scorer.gallery.known):
+                    print(line, flush=True)
     if args.sheet is not None:
         _sheet(scorer, sets, args.sheet)
     return 0

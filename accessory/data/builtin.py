@@ -20,7 +20,7 @@ from PIL import Image
 from accessory.data import emoji, requests, scenes, small_talk, words
 from accessory.data.assets import asset_dir, default_cache
 from accessory.data.flags import countries, flag_pictures
-from accessory.schema import CAPTION, Picture, Sample, Turn
+from accessory.schema import CAPTION, Part, Picture, Sample, Turn
 
 Split = Literal["train", "test"]
 SCENE_COUNT: dict[Split, int] = {"train": 20_000, "test": 400}
@@ -240,10 +240,12 @@ def _flags(request: _Request) -> tuple[int, Maker]:
     return len(known), make
 
 
-def _drawn(
-    request: _Request, said: Callable[[emoji.Concept, str, np.random.Generator], requests.Said]
-) -> tuple[int, Maker]:
-    """One request, answered by a plain picture. Test: the pairs that are held out, then as many of training's."""
+Saying = Callable[[emoji.Concept, str, np.random.Generator], requests.Said]
+
+
+def _drawn(request: _Request, said: Saying, reply: Saying = lambda *_: ()) -> tuple[int, Maker]:
+    """One request, answered by a plain picture, behind what ``reply`` says. Test: the pairs that are held out, then as
+    many of training's."""
     known = emoji.concepts(request.cache)
     all_pairs = [(s, k) for s in emoji.STYLES for k in range(len(known))]
     hidden = [p for p in all_pairs if emoji.held_out(p[0], known[p[1]].hexcode)]
@@ -255,8 +257,10 @@ def _drawn(
     def make(item: int, index: int) -> Sample:
         style, row = pairs[item]
         picture = Image.fromarray(emoji.plain(drawn[style][row], request.size))
-        asked = said(known[row], emoji.STYLE_WORDS[style], request.rng(index))
+        rng, word = request.rng(index), emoji.STYLE_WORDS[style]
+        asked = said(known[row], word, rng)
         turns = tuple(Turn(("user", "assistant")[k % 2], (text,)) for k, text in enumerate(asked))
+        answer: tuple[Part, ...] = (*reply(known[row], word, rng), Picture(picture))
         held = not request.training and item < len(hidden)
         meta: dict[str, Any] = {
             "task": request.name,
@@ -266,9 +270,7 @@ def _drawn(
             "held_out": held,
         }
         meta[CAPTION] = request.name == "emoji-captions"
-        return Sample(
-            (*turns, Turn("assistant", (Picture(picture),))), f"builtin:{request.name}:{request.split}", index, meta
-        )
+        return Sample((*turns, Turn("assistant", answer)), f"builtin:{request.name}:{request.split}", index, meta)
 
     return len(pairs), make
 
@@ -286,16 +288,16 @@ def _captions(request: _Request) -> tuple[int, Maker]:
     return _drawn(request, said)
 
 
-def _requests(request: _Request) -> tuple[int, Maker]:
-    """The same asked for in a dialogue, in training often by keywords alone."""
+def _requests(request: _Request, share: float = requests.KEYWORDS_SHARE) -> tuple[int, Maker]:
+    """The same asked for in a dialogue, in training often by keywords alone: in a ``share`` of the rows."""
     known = emoji.concepts(request.cache)
     uses = requests.tag_counts(known)
     held_back = {concept.hexcode: requests.withheld(concept, uses) for concept in known}
 
     def said(concept: emoji.Concept, style: str, rng: np.random.Generator) -> requests.Said:
-        return requests.said(concept, style, held_back[concept.hexcode], rng, training=request.training)
+        return requests.said(concept, style, held_back[concept.hexcode], rng, training=request.training, share=share)
 
-    return _drawn(request, said)
+    return _drawn(request, said, functools.partial(requests.reply, training=request.training))
 
 
 def _small_talk(request: _Request) -> tuple[int, Maker]:
@@ -327,7 +329,8 @@ NAMES: dict[str, Callable[[_Request], tuple[int, Maker]]] = {
     "flags": _flags,
     "emoji-captions": _captions,
     "emoji-requests": _requests,
+    "emoji-keywords": functools.partial(_requests, share=1.0),
     "small-talk": _small_talk,
 }
-DRAWN = frozenset(("emoji-captions", "emoji-requests", "small-talk"))
+DRAWN = frozenset(("emoji-captions", "emoji-requests", "emoji-keywords", "small-talk"))
 """Sets whose pictures are the assistant's."""

@@ -1,4 +1,5 @@
-"""How a picture is asked for in training: by name or by keywords, in one turn or after some talk.
+"""How a picture is asked for in training, by name or by keywords, in one turn or after some talk, and what is said
+before it is drawn: its name, so that keywords are understood in words first.
 
 What :mod:`accessory.evaluate.asking` asks with is kept away from here: its wordings, and for every concept the pair of
 keywords that it asks with (:func:`withheld`).
@@ -35,21 +36,41 @@ BY_KEYWORDS: tuple[Said, ...] = (
     ("There should be an emoji about {tags}.", "There is one.", "Draw it, {style}."),
     ("I am looking for an emoji. The words are {tags}.", "I have found it.", "Show it to me as a {style} emoji."),
     ("Name something about {tags}.", "I would rather draw it.", "Yes, a {style} emoji, please."),
+    ("Guess the thing: it has to do with {tags}.", "That is clear.", "Then make a {style} emoji of it."),
+    ("Can you draw something that is about {tags}? Make it {style}.",),
 )
-KEYWORDS_SHARE = 0.4  # of training's requests
+KEYWORDS_SHARE = 0.6  # of training's requests
+REPLY = "Here you are: {style} emoji of {label}."
+REPLY_SHARE = 0.9  # of training's pictures; the others come at once, as where one is forced
 _WORD = re.compile(r"\w+")
 
 
-def said(concept: Concept, style: str, held_back: Sequence[str], rng: np.random.Generator, *, training: bool) -> Said:
+def said(
+    concept: Concept,
+    style: str,
+    held_back: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    training: bool,
+    share: float = KEYWORDS_SHARE,
+) -> Said:
     """A request for the concept; for the test always by its name and in the first wording.
 
-    ``held_back``: keywords of which a training row has at most one less than all, see :func:`withheld`.
+    ``held_back``: keywords of which a training row has at most one less than all, see :func:`withheld`. ``share``: of
+    the requests of training that say keywords in place of the name.
     """
-    tags = _drawn_tags(concept, held_back, rng) if training and rng.random() < KEYWORDS_SHARE else ()
+    tags = _drawn_tags(concept, held_back, rng) if training and rng.random() < share else ()
     wordings = BY_KEYWORDS if tags else BY_NAME
     chosen = wordings[int(rng.integers(len(wordings))) if training else 0]
     words = {"label": concept.label, "style": style, "tags": _listed(tags)}
     return tuple(text.format(**words) for text in chosen)
+
+
+def reply(concept: Concept, style: str, rng: np.random.Generator, *, training: bool) -> Said:
+    """What is said before the picture, if anything is: the name stands behind the colon as captions write it."""
+    if training and rng.random() >= REPLY_SHARE:
+        return ()
+    return (REPLY.format(label=concept.label, style=style),)
 
 
 def _drawn_tags(concept: Concept, held_back: Sequence[str], rng: np.random.Generator) -> Said:

@@ -64,5 +64,6 @@ def exchange(concept: Concept, rng: np.random.Generator, *, training: bool) -> t
         return chosen[int(rng.integers(len(chosen)))]
     chosen = [pair for i, pair in enumerate(ABOUT) if (i % 4 == 3) != training]
     asked, answer = chosen[int(rng.integers(len(chosen)))]
-    words = {"label": concept.label, "group": concept.group, "tags": ", ".join(concept.tags[:3]) or concept.group}
+    # The two that captions of training say as well: a third could make up a pair that evaluation asks with.
+    words = {"label": concept.label, "group": concept.group, "tags": " and ".join(concept.tags[:2]) or concept.group}
     return asked.format(**words), answer.format(**words)

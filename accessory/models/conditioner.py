@@ -18,6 +18,7 @@ from accessory.diffusion.condition import Condition
 from accessory.models import build, dream_presets, text_encoder, text_profiles
 from accessory.models.build import BackboneConfig, Model, ModelConfig
 from accessory.models.dream import Dream
+from accessory.models.dream_reply import Reply, padded, replies
 from accessory.models.generator_config import ConditionerConfig, DreamSource, LabelSource, TextSource
 from accessory.models.text_encoder import TextEncoder
 from accessory.models.text_profiles import SLOT, TextProfile
@@ -53,11 +54,12 @@ class TextConditioner(nn.Module):
 
 
 class DreamConditioner(nn.Module):
-    """Prompts and dialogues through the dream bridge; ``model`` is what it stands on, its net included."""
+    """Prompts and dialogues through the dream bridge; ``model`` is what it stands on, its net included. ``reply``: see
+    :class:`accessory.models.generator_config.DreamSource`."""
 
-    def __init__(self, dream: Dream, model: Model, profile: TextProfile) -> None:
+    def __init__(self, dream: Dream, model: Model, profile: TextProfile, reply: int = 0) -> None:
         super().__init__()
-        self.dream, self.model, self.profile = dream, model, profile
+        self.dream, self.model, self.profile, self.reply = dream, model, profile, reply
 
     def context(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Ids (T) that a picture is dreamt from, and their tiles (N, 3, S, S).
@@ -73,18 +75,31 @@ class DreamConditioner(nn.Module):
         return row.ids, row.tiles
 
     def condition(self, prompts: Sequence[Prompt], noise: Sequence[torch.Generator] | None = None) -> Condition:
-        """Conditions of B prompts; a long text loses its end (:meth:`lost` says how much). ``noise``: one generator a
+        """Conditions of B prompts; a long text loses its end (:meth:`lost` says how much), and a dialogue is gone on
+        with by what the model says before it draws, if it may say anything (``reply``). ``noise``: one generator a
         picture for queries that are drawn (``dream.query``); None: always the same."""
         drawn = None if noise is None else self.dream.noise.draw(noise)
-        rows = [self.context(p) for p in prompts]
-        longest, device = max(len(ids) for ids, _ in rows), self.dream.queries.device
-        ids = torch.full((len(rows), longest), self.model.tokenizer.pad_id)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for i, (row, _) in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = row, True
-        pictures = [tiles for _, tiles in rows if len(tiles)]
-        tiles = torch.cat(pictures).to(device) if pictures else None
-        return self.dream.condition(ids.to(device), tiles, mask=mask.to(device), noise=drawn)
+        rows, tiles = self._contexts(prompts)
+        asked = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)] if self.reply else []
+        if asked:
+            for i, said in zip(asked, self.replies([prompts[i] for i in asked], self.reply), strict=True):
+                rows[i] = torch.cat((rows[i], torch.tensor(said.ids, dtype=rows[i].dtype)))
+        ids, mask = padded(rows, self.model.tokenizer.pad_id, self.dream.queries.device)
+        return self.dream.condition(ids, tiles, mask=mask, noise=drawn)
+
+    def replies(self, prompts: Sequence[Prompt], limit: int) -> list[Reply]:
+        """What the model says first to each of B prompts, in at most ``limit`` tokens, and whether it wants to draw."""
+        rows, tiles = self._contexts(prompts)
+        words, template = self.model.tokenizer, self.model.template
+        stops = {words.special(name) for name in template.stop_controls}
+        return replies(self.dream, rows, tiles, limit, stops, words.pad_id)
+
+    def _contexts(self, prompts: Sequence[Prompt]) -> tuple[list[Tensor], Tensor | None]:
+        """Ids (T_i) of every prompt, and the tiles (N, 3, S, S) of all."""
+        found = [self.context(p) for p in prompts]
+        pictures = [tiles for _, tiles in found if len(tiles)]
+        tiles = torch.cat(pictures).to(self.dream.queries.device) if pictures else None
+        return [ids for ids, _ in found], tiles
 
     def null(self, n: int) -> Condition:
         """The bridge's null condition, n times."""
@@ -169,7 +184,7 @@ def build_conditioner(
     names = {f"dream.net.{name}" for name in own}
     names |= {f"dream.{name}" for name in dream.state_dict() if not name.startswith("net.")}
     resolved: DreamSource = replace(config, model=model.config, dream=bridge, profile=profile)
-    return DreamConditioner(dream, model, profile), resolved, frozenset(names)
+    return DreamConditioner(dream, model, profile, config.reply), resolved, frozenset(names)
 
 
 def _model(source: str | ModelConfig, dtype: str, cache: Path | None) -> tuple[Model, set[str]]:

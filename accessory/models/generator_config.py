@@ -103,13 +103,19 @@ class DreamSource:
 
     ``model`` as ``source`` of :class:`TextSource`. ``dream``: a preset's name or a bridge; where it has no
     ``null_ids``, those of the empty prompt are filled in. ``profile`` says how a prompt that is a text becomes
-    ids (BOS, EOS, template, longest): that of the encoder that the denoiser was trained with.
+    ids (BOS, EOS, template, longest): that of the encoder that the denoiser was trained with. ``reply``: to a dialogue
+    the model may say so many tokens before it draws, and the picture is dreamt from them too (0: it draws at once).
     """
 
     model: str | ModelConfig = "asset:smollm2"
     dream: str | DreamConfig = "default"
     profile: str | TextProfile = text_profiles.DEFAULT
+    reply: int = 0
     kind: Literal["dream"] = "dream"
+
+    def __post_init__(self) -> None:
+        if self.reply < 0:
+            raise ValueError(f"conditioner.reply is {self.reply}, it counts tokens from 0")
 
 
 @dataclass(frozen=True)

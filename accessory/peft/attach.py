@@ -25,12 +25,14 @@ LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank deltas on the linears named ``targets``. ``alpha`` None: no factor; else alpha / rank."""
+    """Low-rank deltas on the linears named ``targets``, of the top ``layers`` blocks (None: of all). ``alpha`` None: no
+    factor; else alpha / rank."""
 
     rank: int = 16
     alpha: float | None = None
     targets: tuple[str, ...] = LINEARS
     dropout: float = 0.0
+    layers: int | None = None
     kind: Literal["lora"] = "lora"
 
 
@@ -164,6 +166,8 @@ def _check(backbone: nn.Module, specs: Sequence[TuningSpec]) -> None:
                 raise ValueError(f"unknown {spec.kind} targets {unknown}; the linears are named {', '.join(known)}")
         if isinstance(spec, LoraSpec):
             lora.LowRank(1, 1, spec.rank, spec.alpha, spec.dropout)  # raises on a bad rank or dropout
+            if spec.layers is not None and not 1 <= spec.layers <= len(cast(Any, backbone).layers):
+                raise ValueError(f"lora layers must be in [1, {len(cast(Any, backbone).layers)}], got {spec.layers}")
         if isinstance(spec, PrefixSpec):
             ZeroInitPrefix(1, 1, 1, spec.length, spec.gate)
             n = len(_attentions(backbone))
@@ -188,7 +192,8 @@ def _apply(model: nn.Module, backbone: nn.Module, spec: TuningSpec, dtype: torch
     elif isinstance(spec, PrefixSpec):
         _add_prefixes(backbone, spec, dtype)
     else:
-        for _, linear in _targets(backbone, spec.targets):
+        top = spec.layers if isinstance(spec, LoraSpec) else None
+        for _, linear in _targets(backbone, spec.targets, top):
             if isinstance(spec, LoraSpec):
                 out_features, in_features = stated(linear).shape  # this rank's share under tensor parallelism
                 delta = lora.LowRank(in_features, out_features, spec.rank, spec.alpha, spec.dropout)
@@ -199,8 +204,13 @@ def _apply(model: nn.Module, backbone: nn.Module, spec: TuningSpec, dtype: torch
                 setattr(linear, ADDED, True)
 
 
-def _targets(backbone: nn.Module, targets: Sequence[str]) -> list[tuple[str, Linear]]:
-    return [(name, linear) for name, linear in slotted(backbone) if name.rsplit(".")[-1] in targets]
+def _targets(backbone: nn.Module, targets: Sequence[str], top: int | None) -> list[tuple[str, Linear]]:
+    """Linears by their last name; with ``top`` those of so many blocks, counted from the last one, alone."""
+    named = [(name, linear) for name, linear in slotted(backbone) if name.rsplit(".")[-1] in targets]
+    if top is None:
+        return named
+    inside = {id(module) for block in list(cast(Any, backbone).layers)[-top:] for module in block.modules()}
+    return [(name, linear) for name, linear in named if id(linear) in inside]
 
 
 def _add_prefixes(backbone: nn.Module, spec: PrefixSpec, dtype: torch.dtype | None) -> None:

@@ -27,6 +27,7 @@ from accessory.models.connector import ConnectorConfig, HeadsConfig
 from accessory.models.dream_presets import PRESETS
 from accessory.models.generator import GeneratorConfig, load_generator
 from accessory.models.generator_config import DreamSource, FlagDiTSource, TextSource, VaeSource
+from accessory.peft.attach import LoraSpec
 from accessory.train.generator_run import GeneratorRunConfig, run
 from tests.structure.source import ROOT
 from tests.tiny import tiny_config, tiny_tokenizer
@@ -94,6 +95,7 @@ def shrunk(name: str, given: GeneratorConfig, folder: Path) -> GeneratorConfig:
     assert isinstance(given.conditioner, DreamSource)
     if name == "nano_dream":
         assert given.base == "runs/nano_dit/final"
+        model = replace(model, tuning=(LoraSpec(rank=2),))
         return replace(given, base=str(folder / "nano_dit" / "final"), conditioner=DreamSource(model, DREAM, PROFILE))
     preset = given.conditioner.dream
     assert isinstance(preset, str)

@@ -7,7 +7,7 @@ import pytest
 
 from accessory.data import builtin, emoji, requests
 from accessory.data.targets import TargetEncoder
-from accessory.schema import CAPTION
+from accessory.schema import CAPTION, Picture
 
 pytestmark = pytest.mark.assets
 
@@ -44,17 +44,22 @@ def test_a_caption_asks_for_one_plain_picture() -> None:
 
 def test_requests_are_dialogues() -> None:
     made = builtin.build("emoji-requests", "train", size=64)
-    kinds = set()
+    kinds, unnamed = set(), 0
     for index in range(300):
         sample = made[index]
         assert not sample.meta[CAPTION]
         *said, drawn = sample.turns
         assert [turn.role for turn in said] == ["user", "assistant", "user"][: len(said)]
         assert drawn.role == "assistant"
-        assert drawn.pictures
+        assert isinstance(drawn.parts[-1], Picture)
+        style, answer = emoji.STYLE_WORDS[sample.meta["style"]], sample.meta["answer"]
+        assert drawn.text in ("", f"Here you are: {style} emoji of {answer}.")
+        unnamed += not drawn.text
         kinds.add((len(said), sample.meta["answer"] in " ".join(turn.text for turn in said)))
     assert kinds == {(turns, named) for turns in (1, 3) for named in (True, False)}
-    assert TargetEncoder(64).encode(made[3]).targets[0].prompt == made[3].turns[:-1]
+    assert 10 <= unnamed <= 60  # of 300: one in ten comes at once, as where it is forced
+    at_once = next(made[i] for i in range(300) if not made[i].turns[-1].text)
+    assert TargetEncoder(64).encode(at_once).targets[0].prompt == at_once.turns[:-1]
     test = builtin.build("emoji-requests", "test", size=64)
     assert all(len(test[i].turns) == 2 and test[i].meta["answer"] in test[i].turns[0].text for i in range(20))
 

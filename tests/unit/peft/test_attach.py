@@ -84,6 +84,27 @@ def test_what_trains_is_exactly_what_the_specs_name() -> None:
     assert len(trainable_state(make(BiasSpec(targets=("w1", "w2"))))) == 2 * CONFIG.n_layers
 
 
+def test_lora_in_the_top_blocks_alone() -> None:
+    model = make()
+    attach(model, [LoraSpec(rank=2, layers=1)])
+    top = f"layers.{CONFIG.n_layers - 1}."
+    assert CONFIG.n_layers > 1
+    assert trainable_state(model)
+    assert all(top in name for name in trainable_state(model))
+    detach(model)
+    assert not trainable_state(model)
+    attach(model, [LoraSpec(rank=2, layers=CONFIG.n_layers)])
+    assert trainable_state(model).keys() == _lora_of_all_blocks()
+    with pytest.raises(ValueError, match=rf"lora layers must be in \[1, {CONFIG.n_layers}\], got 0"):
+        attach(make(), [LoraSpec(layers=0)])
+
+
+def _lora_of_all_blocks() -> set[str]:
+    model = make()
+    attach(model, [LoraSpec(rank=2)])
+    return set(trainable_state(model))
+
+
 def test_an_existing_bias_trains_in_place_and_survives_detach() -> None:
     model = make(config=dataclasses.replace(CONFIG, qkv_bias=True))
     nn.init.normal_(model.backbone.layers[0].attention.wq.bias)

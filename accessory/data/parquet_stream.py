@@ -79,7 +79,10 @@ class Parquet:
             )
         group = int(np.searchsorted(index, row, side="right"))
         number, at = divmod(row - (int(index[group - 1]) if group else 0), PIECE)
-        values: dict[str, Any] = self._piece(shard, group, number).slice(at, 1).to_pylist()[0]
+        try:
+            values: dict[str, Any] = self._piece(shard, group, number).slice(at, 1).to_pylist()[0]
+        except ArithmeticError as error:  # a date beyond Python's
+            raise ValueError(f"a value cannot be read ({error})") from error
         return values
 
     def label(self, shard: Shard, index: Index, row: int) -> str:

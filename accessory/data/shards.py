@@ -92,7 +92,7 @@ def _of_split(path: str, split: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise ValueError(f"the data set {path} cannot be opened ({error})") from error
     if split not in (files or {}):
-        raise ValueError(f"split: {path} has no {split!r}, it has {', '.join(files or {}) or 'none'}")
+        raise ValueError(f"split: {path} has no {split!r}, it has {', '.join(map(str, files or {})) or 'none'}")
     return [str(file) for file in files[split]]
 
 

@@ -57,8 +57,11 @@ def _members(read: Read, start: int, end: int) -> Iterator[_Member | _Gap]:
     at = start
     while at < end:
         block = read(at, BLOCK)
-        found = _header(read, at, block)
-        if found is None:
+        member = _header(read, at, block)
+        found: _Member | _Gap
+        if member is not None:
+            found = member
+        else:
             zeros = not any(block)
             after = _next(read, at + BLOCK, end, (lambda b: any(b)) if zeros else (lambda b: b[257:262] == b"ustar"))
             found = _Gap(at, after, zeros)

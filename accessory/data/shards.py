@@ -18,6 +18,7 @@ import numpy.typing as npt
 Index = npt.NDArray[np.int64]
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _HUB = "hf://datasets/"
+_VERSIONS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "blob_id")  # what file systems tell
 _THREADS = 8  # that index shards at a time: of remote ones most of the time is waiting
 
 
@@ -112,8 +113,8 @@ def _named(name: str) -> list[Shard]:
     for key in sorted(hits):
         info = hits[key]
         if info.get("type") != "directory":
-            tags = [str(info[t]) for t in ("mtime", "ETag", "etag", "LastModified", "last_modified") if t in info]
-            made.append(Shard(key if local else fs.unstrip_protocol(key), int(info["size"]), " ".join(tags)))
+            version = " ".join(str(info[tag]) for tag in _VERSIONS if tag in info)
+            made.append(Shard(key if local else fs.unstrip_protocol(key), int(info["size"]), version))
     return made
 
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,14 @@ from accessory.data.loader import Loader
 from accessory.data.mixture import BLOCK, Mixture
 from accessory.data.parquet_stream import PIECE, Parquet
 from accessory.data.shards import expand
-from accessory.data.sources import FileConfig, FileSource, StreamOptions, load_sources, open_source
+from accessory.data.sources import FileConfig, FileSource, StreamOptions, load_sources, missing, open_source
 from accessory.data.stream import Streamed
 from accessory.data.template import get
 from accessory.data.tiling import TilingConfig
 from accessory.data.tokenizer import Tokenizer
 from accessory.data.walk import Walk
 from accessory.data.webdataset import Tar
-from accessory.schema import Picture
+from accessory.schema import Picture, Sample, Turn
 from tests.shards import write_tar
 
 
@@ -220,6 +221,35 @@ def test_no_more_rows_are_held_than_the_buffer(tmp_path: Path, monkeypatch: pyte
     assert len(passes) == 2
 
 
+def test_a_window_is_ready_when_it_is_asked_for(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 3 ms and steps of 8 ms for two rows: none need wait, but a queue shorter than a window would run dry."""
+
+    class Slow:
+        name, weight, unbounded = "slow", 1.0, False
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> Sample:
+            time.sleep(0.003)
+            return Sample((Turn("user", ("q",)), Turn("assistant", ("a",))), self.name, index)
+
+    def waited() -> float:
+        batches = iter(Loader(Mixture([Slow()]), encoder, 2, num_workers=1, window=64))
+        next(batches)
+        total = 0.0
+        for _ in range(190):
+            time.sleep(0.008)
+            begin = time.monotonic()
+            next(batches)
+            total += time.monotonic() - begin
+        return total
+
+    ready = waited()
+    monkeypatch.setattr(Loader, "_ahead", lambda self: 2)
+    assert ready < 0.5 * waited()
+
+
 def test_an_index_is_made_once_for_a_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "webdataset", [4, 3])
     scanned: list[str] = []
@@ -259,6 +289,9 @@ def test_what_is_wrong_is_said_before_training(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             open_source(FileConfig("text", format="webdataset", **config), cache=tmp_path)
+    gone = FileConfig("text", str(tmp_path / "part-{01..02}.tar"), format="webdataset", get="the attic")
+    assert missing(gone) == f"no shard at {tmp_path}/part-02.tar; put it there, it comes from: the attic"
+    assert missing(FileConfig("text", "memory://nowhere/*.tar", format="webdataset")) is None  # nobody looks there yet
     with pytest.raises(ValueError, match="format: 'file' reads local files"):
         FileConfig("text", path="s3://a/b.parquet")
     with pytest.raises(ValueError, match="buffer is 0"):

@@ -20,6 +20,7 @@ from PIL import Image
 from accessory.data.encode import Encoder
 from accessory.data.loader import Loader
 from accessory.data.mixture import BLOCK, Mixture
+from accessory.data.packing import PackingConfig
 from accessory.data.parquet_stream import PIECE, Parquet
 from accessory.data.shards import expand
 from accessory.data.sources import FileConfig, FileSource, StreamOptions, load_sources, missing, open_source
@@ -138,12 +139,14 @@ def test_ranks_and_workers_share_an_epoch(tmp_path: Path, encoder: Encoder, kind
     assert answers(encoder, list(itertools.islice(Loader(Mixture([source], seed=4), encoder, 5), 12))) != orders[0]
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
-def test_every_cut_goes_on_with_the_next_row(tmp_path: Path, encoder: Encoder, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "packs"), [("webdataset", None), ("parquet", None), ("parquet", 100)])
+def test_every_cut_goes_on_with_the_next_row(tmp_path: Path, encoder: Encoder, kind: str, packs: int | None) -> None:
     path = write(tmp_path, kind, [7, 5, 8])
+    packing = None if packs is None else PackingConfig(length=packs)
 
     def loader(workers: int = 0) -> Loader:
-        return Loader(Mixture([stream(path, kind, tmp_path, 6)], 1), encoder, 2, window=3, num_workers=workers)
+        mixture = Mixture([stream(path, kind, tmp_path, 6)], 1)
+        return Loader(mixture, encoder, 2, window=3, num_workers=workers, packing=packing)
 
     expected = answers(encoder, list(itertools.islice(loader(), 16)))
     for cut in range(1, 16):
@@ -151,7 +154,7 @@ def test_every_cut_goes_on_with_the_next_row(tmp_path: Path, encoder: Encoder, k
         before = answers(encoder, list(itertools.islice(first, cut)))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert before + answers(encoder, list(itertools.islice(second, 16 - cut))) == expected
-    other = Loader(Mixture([stream(path, kind, tmp_path, 7)], 1), encoder, 2, window=3)
+    other = Loader(Mixture([stream(path, kind, tmp_path, 7)], 1), encoder, 2, window=3, packing=packing)
     with pytest.raises(ValueError, match="data changed"):
         other.load_state_dict(loader().state_dict())
 

@@ -21,7 +21,8 @@ from accessory.data.rows import RowRejected
 from accessory.schema import Batch, Encoded, Prompt, Sample, Target
 
 _CHUNK = 16  # draws a worker encodes at a time
-_PER_PACK = 8  # rows that a pack may hold, for as many as are prepared
+_READY = 1024  # rows that are held ready at most: each chunk costs memory and four file handles
+_SHORT = 64  # positions of the rows that packs are expected to hold
 
 
 class RowEncoder(Protocol):
@@ -249,9 +250,11 @@ class Loader:
             yield from _unpack(packed)
 
     def _ahead(self) -> int:
-        """Chunks that each worker may hold ready: a window's, and one more."""
-        rows = self.batch_size * self.window * (1 if self.packing is None else _PER_PACK)
-        return max(2, -(-rows // (_CHUNK * self.num_workers)) + 1)
+        """Chunks that each worker may hold ready: together those of a window, and one more."""
+        rows = self.batch_size * self.window
+        if self.packing is not None:
+            rows *= -(-self.packing.length // max(_SHORT, getattr(self.encoder, "positions_per_tile", 0)))
+        return max(2, -(-min(rows, _READY) // (_CHUNK * self.num_workers)) + 1)
 
     def _gather(
         self, stream: Iterator[tuple[int, Encoded | RowRejected]], held: Sequence[Encoded], step: int

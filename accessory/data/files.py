@@ -134,7 +134,7 @@ class JsonLines:
         self._file.seek(int(self._offsets[index]))
         try:
             return _mapping(json.loads(self._file.readline()))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"not valid JSON ({error})") from error
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
+MAX_SIDE = 16_384
+"""A picture is padded to a square, so that a line of few pixels can fill the memory."""
+# What decoders raise on broken bytes beside OSError and ValueError.
+_BROKEN = (OSError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError, MemoryError,
+           RecursionError, struct.error, zlib.error)  # fmt: skip
 FILL = (122, 116, 104)
 """Padding colour: 255 times the CLIP mean, rounded down, so that padding is about zero after normalisation."""
 
@@ -31,15 +38,15 @@ def open_picture(source: str | Path | bytes | Image.Image, *, max_pixels: int = 
             else:
                 image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
             width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(f"{name}: {width}x{height} pixels, the limit is {max_pixels}")
+            if width * height > max_pixels or max(width, height) > MAX_SIDE:
+                raise ValueError(f"{name}: {width}x{height} pixels, the limit is {max_pixels}, of a side {MAX_SIDE}")
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not a picture in one of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: too many pixels, the limit is {max_pixels}") from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{name}: cannot be read ({error})") from error
 
 

@@ -188,10 +188,14 @@ class Layout:
             return Picture(open_picture(_data_url(value)))
         if "://" in head:
             raise ValueError(f"pictures are not fetched from the network or by URL: {value[:80]!r}; store them locally")
-        path = (self._root / value).resolve()  # follows links, so a link out of root is seen
+        try:
+            path = (self._root / value).resolve()  # follows links, so a link out of root is seen
+            there = path.is_file()
+        except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+            raise ValueError(f"picture {value[:80]!r} cannot be looked for ({error!s:.200})") from error
         if not path.is_relative_to(self._root):
             raise ValueError(f"picture {value!r} lies outside of the root {self._root}; root: names another")
-        if not path.is_file():
+        if not there:
             raise ValueError(f"no picture at {path} (the folder that pictures count from is root: {self._root})")
         return Picture(str(path))
 
@@ -231,7 +235,7 @@ def _list(value: object, column: str) -> list[Any]:
     if isinstance(value, str):  # CSV holds a dialogue as JSON text
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"column {column!r} is text that is not JSON ({error})") from error
     if not isinstance(value, list) or not value:
         raise ValueError(f"column {column!r} must be a list of turns that is not empty")

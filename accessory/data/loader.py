@@ -21,6 +21,8 @@ from accessory.data.rows import RowRejected
 from accessory.schema import Batch, Encoded, Prompt, Sample, Target
 
 _CHUNK = 16  # draws a worker encodes at a time
+_READY = 1024  # rows that are held ready at most: each chunk costs memory and four file handles
+_SHORT = 64  # positions of the rows that packs are expected to hold
 
 
 class RowEncoder(Protocol):
@@ -78,7 +80,7 @@ class _Draws(Dataset[_Packed]):
             try:
                 row = self._encoder.encode(self._mixture.sample(k))
             except RowRejected as rejected:
-                rows.append(RowRejected(rejected.reason, rejected.source, rejected.index))  # without its traceback
+                rows.append(self._mixture.located(rejected, k))
                 continue
             kept.append(row)
             targets = tuple((t.prompt, t.key, tuple(t.pixels.shape)) for t in row.targets)
@@ -238,12 +240,21 @@ class Loader:
             batch_size=None,
             sampler=_Chunks(start, self.rank, self.world),
             num_workers=self.num_workers,
+            # A window of rows ahead: fewer would let a step wait for the rest of its window.
+            prefetch_factor=self._ahead() if self.num_workers else None,
             collate_fn=_same,
             worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else it takes a seed from the global one, and a resumed run draws another
         )
         for packed in loader:
             yield from _unpack(packed)
+
+    def _ahead(self) -> int:
+        """Chunks that each worker may hold ready: together those of a window, and one more."""
+        rows = self.batch_size * self.window
+        if self.packing is not None:
+            rows *= -(-self.packing.length // max(_SHORT, getattr(self.encoder, "positions_per_tile", 0)))
+        return max(2, -(-min(rows, _READY) // (_CHUNK * self.num_workers)) + 1)
 
     def _gather(
         self, stream: Iterator[tuple[int, Encoded | RowRejected]], held: Sequence[Encoded], step: int
@@ -256,7 +267,8 @@ class Loader:
             step += 1
             if isinstance(row, Encoded) and self.packing is not None:
                 reason = self.packing.misfit(len(row.ids), len(row.tiles))
-                row = row if reason is None else RowRejected(reason, row.source, row.index)
+                if reason is not None:
+                    row = self.mixture.located(RowRejected(reason, row.source, row.index), k)
             if isinstance(row, RowRejected):
                 self.ledger.reject(row, k)
             else:

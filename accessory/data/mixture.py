@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from accessory import log
 from accessory.data.files import matching
 from accessory.data.rows import RowRejected
-from accessory.data.sources import Source
+from accessory.data.sources import FileSource, Source
+from accessory.data.walk import Walk
 from accessory.schema import Sample
 
 LOG = log.get(__name__)
@@ -50,8 +52,7 @@ class Mixture:
         """What draw ``k`` is, in constant time whatever came before."""
         block, place = divmod(k, BLOCK)
         if self._block is None or self._block[0] != block:
-            order = np.repeat(np.arange(len(self.sources)), self.quotas)
-            np.random.default_rng((self.seed, 0, block)).shuffle(order)
+            order = self._shares(block)
             earlier = np.zeros(BLOCK, dtype=np.int64)
             for s in range(len(self.sources)):
                 where = np.flatnonzero(order == s)
@@ -59,6 +60,9 @@ class Mixture:
             self._block = (block, order, earlier)
         source = int(self._block[1][place])
         cursor = block * self.quotas[source] + int(self._block[2][place])
+        walk: Walk | None = getattr(self.sources[source], "walk", None)
+        if walk is not None:
+            return Draw(source, walk.row(cursor, (self.seed, 1, source), partial(self._draws, source)))
         length = len(self.sources[source])
         epoch, position = divmod(cursor, length)
         row = int(self._order(source, epoch)[position])
@@ -68,6 +72,26 @@ class Mixture:
         """The sample of draw ``k``; raises :class:`RowRejected` for a bad row."""
         drawn = self.draw(k)
         return self.sources[drawn.source][drawn.row]
+
+    def located(self, rejected: RowRejected, k: int) -> RowRejected:
+        """The same verdict on draw ``k`` without its traceback; on a row of a stream, with shard and place there."""
+        drawn = self.draw(k)
+        source = self.sources[drawn.source]
+        if isinstance(source, FileSource) and source.walk is not None and rejected.source == source.name:
+            return RowRejected(rejected.reason, *source.where(drawn.row))
+        return RowRejected(rejected.reason, rejected.source, rejected.index)
+
+    def _shares(self, block: int) -> np.ndarray[Any, Any]:
+        order = np.repeat(np.arange(len(self.sources)), self.quotas)
+        np.random.default_rng((self.seed, 0, block)).shuffle(order)
+        return order
+
+    def _draws(self, source: int, first: int, last: int) -> np.ndarray[Any, Any]:
+        """Which draws of the mixture are the draws ``first`` to before ``last`` of a source."""
+        quota = self.quotas[source]
+        blocks = range(first // quota, (last - 1) // quota + 1)
+        found = np.concatenate([np.flatnonzero(self._shares(b) == source) + b * BLOCK for b in blocks])
+        return found[first - blocks[0] * quota :][: last - first]
 
     def _order(self, source: int, epoch: int) -> np.ndarray[Any, Any]:
         kept = self._epochs.get(source)
@@ -88,6 +112,8 @@ def _identity(source: Source) -> tuple[str | int, ...]:
     if path is None:
         return (source.name,)
     file = Path(path)
+    if (walk := getattr(source, "walk", None)) is not None:
+        return (file.name if source.name == path else source.name, walk.fact)
     return (file.name if source.name == path else source.name, sum(f.stat().st_size for f in matching(file)))
 
 
@@ -130,7 +156,7 @@ class Ledger:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             entry = {"draw": draw, "source": row.source, "row": row.index, "reason": row.reason}
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # of half a character
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             if not self._warned:
                 LOG.warning("a row was rejected: %s; this one and all others are listed in %s", row, self.path)

@@ -14,10 +14,14 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from accessory import config as configuration
 from accessory.data import layouts
+from accessory.data.assets import default_cache
 from accessory.data.files import Rows, matching, open_rows
 from accessory.data.grounding import BoxForm
 from accessory.data.rows import RowRejected
+from accessory.data.shards import absent
+from accessory.data.stream import Streamed, open_stream
 from accessory.data.task_rows import TaskLayout
+from accessory.data.walk import Walk
 from accessory.schema import CAPTION, IDS, Sample
 
 PROBED = 20  # rows read at start, so that a wrong column map is seen before a model is loaded
@@ -40,13 +44,32 @@ class FileOptions:
 
 
 @dataclass(frozen=True)
+class StreamOptions:
+    """``buffer``: among how many rows a stream is shuffled, and how many a process holds at most. ``lanes``: in how
+    many runs of neighbouring rows these are read, best one for each rank; both belong to the order of the rows."""
+
+    buffer: int = 2048
+    lanes: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("buffer", self.buffer), ("lanes", self.lanes)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1")
+
+
+@dataclass(frozen=True)
 class FileConfig:
-    """Rows of one file.
+    """Rows of one file, or of a stream of shards.
 
     ``path`` a JSON, JSONL, CSV, TSV or parquet file, or several (``part-*.parquet``), ``root`` the folder pictures must
     lie in (default: the file's own), ``columns`` our names to the file's (see ``layouts.COLUMNS``), ``weight`` the
     share of draws relative to the other sources, ``name`` a label for the ledger, ``get`` where the file comes from,
     which is said when it is missing.
+
+    ``format`` webdataset or parquet streams shards that need not fit into memory: ``path`` may then hold braces and
+    ``**`` and be anything that fsspec opens (``s3://...``), or with ``split`` it is the folder of a data set or
+    ``hf://datasets/OWNER/NAME``. Columns of a tar shard are the extensions of its members, see
+    :class:`accessory.data.webdataset.Tar`.
     """
 
     kind: Literal["llava", "sharegpt", "alpaca", "messages", "captions", "describe", "text", "packed", "task"]
@@ -57,12 +80,17 @@ class FileConfig:
     name: str = ""
     get: str = ""
     options: FileOptions = FileOptions()
+    format: Literal["file", "webdataset", "parquet"] = "file"
+    split: str = ""
+    stream: StreamOptions = StreamOptions()
 
     def __post_init__(self) -> None:
         known = layouts.COLUMNS[self.kind]
         problems = [f"columns: {c!r} is none of {', '.join(known)}" for c in self.columns if c not in known]
         if not self.path:
             problems.append("path: '' names no file")
+        if self.format == "file" and (self.split or "://" in self.path):
+            problems.append(f"format: 'file' reads local files without a split, not {self.path} {self.split}".rstrip())
         if not 1 <= self.options.decimals <= 6:
             problems.append(f"options.decimals: {self.options.decimals} is not within 1..6")
         _complain(problems + _weight(self.weight))
@@ -115,12 +143,13 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Rows of one file."""
+    """Rows of one file, or of a stream, whose ``walk`` is the order in which they are to be drawn."""
 
     unbounded = False
 
     def __init__(self, config: FileConfig, rows: Rows) -> None:
         self.config = config
+        self.walk: Walk | None = getattr(rows, "walk", None)
         self.name = config.name or config.path
         self.weight = config.weight
         self._rows = rows
@@ -148,8 +177,12 @@ class FileSource:
                 return Sample((), source=self.name, index=index, meta={IDS: ids})
             turns = self._layout.turns(row)
         except ValueError as error:
-            raise RowRejected(str(error), self.config.path, index) from error
+            raise RowRejected(str(error), *self.where(index)) from error
         return Sample(turns, source=self.name, index=index, meta={CAPTION: True} if self._caption else {})
+
+    def where(self, index: int) -> tuple[str, int]:
+        """What the ledger names of a row: its file, or its shard and what is known of it there, and its number."""
+        return self._rows.where(index) if isinstance(self._rows, Streamed) else (self.config.path, index)
 
 
 class BuiltinSource:
@@ -181,7 +214,10 @@ def missing(config: SourceConfig) -> str | None:
     """What of a source's files is not there and where it comes from; None when nothing is."""
     if isinstance(config, BuiltinConfig):
         return None
-    problems = [] if matching(Path(config.path)) else [f"no data file at {normpath(config.path)}"]
+    if config.format == "file":
+        problems = [] if matching(Path(config.path)) else [f"no data file at {normpath(config.path)}"]
+    else:
+        problems = [f"no shard at {normpath(name)}" for name in absent(config.path, config.split)]
     if config.root is not None and not Path(config.root).is_dir():
         problems.append(f"no folder of pictures (root) at {normpath(config.root)}")
     if not problems:
@@ -195,7 +231,13 @@ def open_source(config: SourceConfig, *, cache: Path | None = None, seed: int = 
         return BuiltinSource(config, cache=cache, seed=seed, size=size)
     if (problem := missing(config)) is not None:
         raise ValueError(problem)
-    return FileSource(config, open_rows(Path(config.path)))
+    if config.format == "file":
+        return FileSource(config, open_rows(Path(config.path)))
+    usual, given = layouts.COLUMNS[config.kind], list(config.columns.values())
+    columns = {"columns": [*{**usual, **config.columns}.values(), "images"], "needed": given}
+    where = cache or default_cache()
+    stream = open_stream(config.path, config.split, config.format, columns, where, **dataclasses.asdict(config.stream))
+    return FileSource(config, stream)
 
 
 def read_entries(
@@ -232,7 +274,7 @@ def read_entries(
             errors += error.mistakes
             continue
         places = {k: v for k in ("path", "root") if (v := getattr(config, k, None))}
-        moved = {k: str(path.parent / v) for k, v in places.items()}
+        moved = {k: v if "://" in v else str(path.parent / v) for k, v in places.items()}
         found.append((where, dataclasses.replace(config, **moved)))
     return found, errors
 

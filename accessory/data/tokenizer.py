@@ -56,6 +56,8 @@ class Tokenizer:
 
         ``glued`` is for text that continues an earlier piece: no word-start mark is put before it.
         """
+        if not text.isascii():
+            text.encode("utf-8")  # half a character (a surrogate alone) is a ValueError here and anything in a backend
         ids = self._backend.encode(text, glued) if text else []
         if not self._control_ids.isdisjoint(ids):
             found = sorted(self._control_ids.intersection(ids))

@@ -31,7 +31,8 @@ class Clock:
 
 @dataclass
 class Window:
-    """Sums since the last logged row, over all ranks. ``seconds`` is wall time, ``data_wait`` waiting for batches."""
+    """Sums since the last logged row, over all ranks. ``seconds`` is wall time, ``data_wait`` waiting for batches; a
+    row has it in seconds and as the share of the time (``data_wait_share``)."""
 
     loss: float = 0.0
     count: float = 0.0  # learned tokens
@@ -61,6 +62,7 @@ class Window:
             "learned_tokens_per_s": self.count * per_second,
             "images_per_s": self.images * per_second,
             "data_wait": self.data_wait,
+            "data_wait_share": self.data_wait * per_second,
         }
 
     def state(self) -> dict[str, Any]:

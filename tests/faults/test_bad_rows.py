@@ -6,29 +6,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from accessory.data.encode import Encoder
 from accessory.data.loader import Loader
 from accessory.data.mixture import Ledger, Mixture
 from accessory.data.sources import load_sources
-from accessory.data.template import get
-from accessory.data.tiling import TilingConfig
-from accessory.data.tokenizer import load
 from accessory.train.config import TrainConfig
 from accessory.train.run import DataConfig, open_loader, report_rejected, reported
-
-
-@pytest.fixture
-def encoder(tmp_path: Path) -> Encoder:
-    names = ["<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = HfTokenizer(models.BPE({t: i for i, t in enumerate([*names, *alphabet])}, []))
-    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    plain.add_special_tokens(names)
-    plain.save(str(tmp_path / "tokenizer.json"))
-    return Encoder(load(tmp_path / "tokenizer.json"), get("chatml_plain"), TilingConfig(8), 4, 300)
 
 
 def mixture(folder: Path, n: int, broken: set[int]) -> Mixture:

@@ -176,7 +176,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         "sources:\n- {kind: llava, path: gone.json}\n- {kind: odd, path: x}\n"
         "- {kind: alpaca, path: bad.jsonl}\n- {kind: alpaca, path: text.json, weight: -1, columns: {foo: bar}}\n"
         "- {kind: alpaca, path: text.json}\n- {kind: builtin}\n- 3\n"
-        "- {kind: llava, pth: 3, root: 4, weight: true, split: test, options: {image_frist: true}}\n"
+        "- {kind: llava, pth: 3, root: 4, weight: true, spilt: test, options: {image_frist: true}}\n"
         "- {kind: builtin, name: nothing}\n- {kind: messages, path: '', weight: .inf}\n- {path: x}\n"
         "- {kind: builtin, name: words-ocr, columns: {}, options: {turns: many}}\ncolour: red\n"
     )
@@ -196,7 +196,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
         "sources.7.pth: unknown name .did you mean path.",
         "sources.7.root: .*not 4",
         "sources.7.weight: .*not True",
-        "sources.7.split: unknown name",
+        "sources.7.spilt: unknown name",
         "sources.7.options.image_frist: unknown name",
         "sources.8: built-in set 'nothing' is unknown",
         "sources.9: path: '' names no file; weight: inf is not",

@@ -86,7 +86,7 @@ def test_resume_is_exact(config: TrainConfig, tmp_path: Path, dtype: torch.dtype
     assert equal(a.trainable, b.trainable)
     assert equal(a.optimizer, b.optimizer)
     assert a.state["ranks"] == b.state["ranks"]
-    timed = ("seconds", "tokens_per_s", "learned_tokens_per_s", "images_per_s", "data_wait")
+    timed = ("seconds", "tokens_per_s", "learned_tokens_per_s", "images_per_s", "data_wait", "data_wait_share")
     clean = [[{k: v for k, v in row.items() if k not in timed} for row in rows(c)] for c in (config, parts)]
     assert clean[0] == clean[1]
     assert [row["step"] for row in clean[0]] == [1, 3, 6]  # the first and the last in any case
@@ -156,7 +156,7 @@ def test_metrics_row(config: TrainConfig) -> None:
     found = rows(config)
     assert found[-1] == pytest.approx(dict(result.row))
     names = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "learned_tokens_per_s", "images_per_s", "seconds"}
-    assert names | {"data_wait", "accuracy"} == found[0].keys()
+    assert names | {"data_wait", "data_wait_share", "accuracy"} == found[0].keys()
     first = found[0]
     assert first["images_per_s"] / first["tokens_per_s"] == pytest.approx(2 / 12)  # 2 tiles, 2 x 6 positions a batch
     assert 1.5 < first["loss"] < 4

@@ -7,4 +7,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . exps/launch.sh
-"${launch[@]}" train exps/nano_dream.yaml --resume auto "$@"
+exec "${launch[@]}" train exps/nano_dream.yaml --resume auto "$@"

@@ -1,7 +1,7 @@
 """Training, ours against transformers + peft with padding and against the lineage's own ways, on the default mixture.
 
 ``python -m benchmarks.train [--seconds 60] [--threads N] [--repeats 2] [--kinds full lora prefix] [--contenders ...]
-    [--rows 16] [--pad 512] [--json]``
+    [--rows 16] [--pad 512] [--cpu-time] [--json]``
 
 SmolLM2-135M with the default tower and projector, all weights, LoRA and zero-init prefix, each contender in a process
 of its own (``benchmarks/rivals.py`` says what they share and what not), one after the other, round by round, so that a
@@ -9,7 +9,8 @@ busy machine disturbs all alike; medians of the rounds. Speed counts learned tok
 updates; the peak is of the resident memory while training, and what the loader's process holds is not in it. After
 every eighth of the time all are tested on the same rows (not in their time): "to the loss" is when the mean loss of a
 learned token came down to what the slowest of them reached at its end. The floor is the machine's own: products of the
-blocks with the real positions and of the table with the learned ones, at the rate of one large bf16 product.
+blocks with the real positions and of the table with the learned ones, at the rate of one large bf16 product. On a busy
+machine ``--threads 1 --cpu-time`` counts only the seconds in which a process ran.
 """
 
 from __future__ import annotations
@@ -75,18 +76,20 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def work(name: str, setting: Setting, seconds: float, tested: int) -> Outcome:
+def work(name: str, setting: Setting, args: argparse.Namespace) -> Outcome:
     """Train for so many seconds and tell."""
+    seconds, clock = args.seconds, time.process_time if args.cpu_time else time.perf_counter
     contender = CONTENDERS[name][1](setting)
-    batches = contender.held_out(tested)
+    batches = contender.held_out(args.tested)
     forget_peak()
     curve = [(0.0, contender.test(batches))]
     trained, before, peak = 0.0, Tally(), 0.0
-    began = 0.0
+    began = wall = 0.0
     while trained < seconds or contender.tally.updates < WARM + 2:
-        start = time.perf_counter()
+        start, shown = clock(), time.perf_counter()
         contender.update()
-        trained += time.perf_counter() - start
+        trained += clock() - start
+        wall += time.perf_counter() - shown if contender.tally.updates > WARM else 0.0
         if contender.tally.updates == WARM:
             before, began = replace(contender.tally), trained
         if trained >= seconds * len(curve) / TESTS:
@@ -100,7 +103,7 @@ def work(name: str, setting: Setting, seconds: float, tested: int) -> Outcome:
         step_s=spent / (tally.updates - before.updates),
         peak_mb=max(peak, memory("VmHWM")),
         real=tally.positions / tally.computed,
-        waited=(tally.waited - before.waited) / spent,
+        waited=(tally.waited - before.waited) / wall,
         gflop=least_gflop(contender, tally),
         curve=curve,
         filled=contender.source.filled if isinstance(contender, Ours) else None,
@@ -168,7 +171,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="asset cache")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds; needs --threads 1")
+    args = parser.parse_args(argv)
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time adds up the threads' seconds, so it needs --threads 1")
+    return args
 
 
 def main() -> None:
@@ -180,22 +187,24 @@ def main() -> None:
         setting = Setting(
             kind, args.sources, ModelConfig(), args.rows, args.pad, threads=args.threads, cache=args.cache
         )
-        print(json.dumps(asdict(work(name, setting, args.seconds, args.tested))))
+        print(json.dumps(asdict(work(name, setting, args))))
         return
     torch.set_num_threads(args.threads)
     found, floors = {}, []
     for kind in args.kinds:
         found[kind] = [[spawn(argv, kind, name) for name in args.contenders] for _ in range(args.repeats)]
         with torch.inference_mode():
-            floors.append(rates(interleaved(floor_runs(torch.bfloat16), 3))["matmul_gflop_s"])
+            clock = time.process_time if args.cpu_time else time.perf_counter
+            floors.append(rates(interleaved(floor_runs(torch.bfloat16), 3, clock))["matmul_gflop_s"])
     if args.json:
         print(
             json.dumps({"gflop_s": max(floors), **{k: [[asdict(x) for x in r] for r in v] for k, v in found.items()}})
         )
         return
+    budget = f"{args.repeats} rounds of {args.seconds:g} s{' of CPU time' if args.cpu_time else ''}"
     print(
         f"SmolLM2-135M, {args.sources.stem}, {args.rows} rows an update, bf16 autocast, {args.threads} threads, "
-        f"{args.repeats} rounds of {args.seconds:g} s; one bf16 product: {max(floors):.0f} GFLOP/s."
+        f"{budget}; one bf16 product: {max(floors):.0f} GFLOP/s."
     )
     for kind, rounds in found.items():
         show(kind, rounds, max(floors))

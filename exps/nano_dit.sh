@@ -6,4 +6,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . exps/launch.sh
-"${launch[@]}" train exps/nano_dit.yaml --resume auto "$@"
+exec "${launch[@]}" train exps/nano_dit.yaml --resume auto "$@"

@@ -13,6 +13,7 @@ if [ "${1:-}" = words ]; then
   shift
   set -- train.output_dir=runs/nano_words data.sources=data_configs/nano_words.yaml \
     'generator.tuning=[conditioner.dream.net.*.delta.*, conditioner.dream.start, conditioner.dream.start_output]' \
-    'objective.loss={language: 1.0, picture: 0.0}' objective.diffusion.drop.all=0 train.lr=1.5e-3 "$@"
+    'objective.loss={language: 1.0, picture: 0.0}' objective.norms_every=0 objective.diffusion.drop.all=0 \
+    train.lr=2.0e-3 train.warmup_steps=50 "$@"
 fi
-"${launch[@]}" train exps/nano_dream.yaml --resume auto "$@"
+exec "${launch[@]}" train exps/nano_dream.yaml --resume auto "$@"

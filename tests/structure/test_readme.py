@@ -25,12 +25,13 @@ from tests.tiny import tiny_model_dir
 
 PAGES = ("README.md", "CONTRIBUTING.md")
 NANO = "weights/nano-sphinx"
-EXPECTED = 30  # commands in both pages: change it together with them
+EXPECTED = 34  # commands in both pages: change it together with them
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Too long for a suite, or the suite itself: the script must exist, parse, and know its options.
 HEAVY = (
     "bash exps/quickstart.sh", "bash exps/nano_sphinx.sh", "bash exps/nano_dit.sh", "bash exps/nano_dream.sh",
-    "bash exps/train.sh",
+    "bash exps/train.sh", "NPROC=all bash exps/train.sh", "NNODES=4 NPROC=all MASTER_ADDR=node0 bash exps/train.sh",
+    "sbatch --nodes 4 --time 12:00:00 exps/slurm.sh",
     "bash exps/setup.sh", "bash tests/run.sh", "bash .ci/run", "python -m accessory generate",
     "python -m accessory chat --model nano-sphinx --generator",
     "python demos/chat.py", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",
@@ -63,13 +64,13 @@ def test_every_command_is_in_one_list() -> None:
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith(HEAVY)])
 def test_heavy_commands_know_their_arguments(command: str) -> None:
-    words = shlex.split(command, comments=True)
+    words = shlex.split(re.sub(r"^([A-Z_]+=\w+ )*", "", command), comments=True)
     options = [w for w in words if w.startswith("--")]
-    if words[0] == "bash":
-        script = ROOT / words[1]
+    if words[0] in ("bash", "sbatch"):
+        script = ROOT / next(w for w in words if w.endswith((".sh", "run")))
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
         assert os.access(script, os.X_OK)
-        assert not options or words[1] == "tests/run.sh"
+        assert not options or words[1] == "tests/run.sh" or words[0] == "sbatch"
         return
     program = words[1:4] if words[1] == "-m" else words[1:2]
     shown = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=280)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,10 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def line(self, index: int) -> int | None:
+        """The line of its file on which a row stands (or ends), from 1; None where files of this kind have no lines."""
+        ...
 
 
 def open_rows(path: Path) -> Rows:
@@ -31,7 +36,12 @@ def open_rows(path: Path) -> Rows:
             return Listed(_json(path))
         if kind in (".csv", ".tsv"):
             with path.open(newline="", encoding="utf-8") as file:
-                return Listed(list(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")))
+                reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+                rows, lines = [], []
+                for row in reader:
+                    rows.append(row)
+                    lines.append(reader.line_num)
+                return Listed(rows, lines)
         if kind == ".parquet":
             return Parquet(path)
     except (OSError, csv.Error, UnicodeDecodeError) as error:
@@ -56,16 +66,20 @@ def _mapping(row: object) -> dict[str, Any]:
 
 
 class Listed:
-    """Rows held in memory."""
+    """Rows held in memory, with the ``lines`` on which they end where that is known."""
 
-    def __init__(self, rows: list[Any]) -> None:
-        self._rows = rows
+    def __init__(self, rows: list[Any], lines: Sequence[int] | None = None) -> None:
+        self._rows, self._lines = rows, lines
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return _mapping(self._rows[index])
+
+    def line(self, index: int) -> int | None:
+        """As :class:`Rows` says."""
+        return None if self._lines is None else self._lines[index]
 
 
 class JsonLines:
@@ -94,6 +108,15 @@ class JsonLines:
             return _mapping(json.loads(self._file.readline()))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"not valid JSON ({error})") from error
+
+    def line(self, index: int) -> int | None:
+        """As :class:`Rows` says; the file is read up to there."""
+        with self._path.open("rb") as file:
+            before, at = 0, int(self._offsets[index])
+            while at > 0:
+                piece = file.read(min(at, 1 << 20))
+                before, at = before + piece.count(b"\n"), at - len(piece)
+        return before + 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_owner": -1}
@@ -128,3 +151,7 @@ class Parquet:
             self._group = group
         start = int(self._ends[group - 1]) if group else 0
         return _mapping(self._table.slice(index - start, 1).to_pylist()[0])
+
+    def line(self, index: int) -> int | None:
+        """As :class:`Rows` says."""
+        return None

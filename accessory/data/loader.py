@@ -75,7 +75,7 @@ class _Draws(Dataset[_Packed]):
             try:
                 row = self._encoder.encode(self._mixture.sample(k))
             except RowRejected as rejected:
-                rows.append(RowRejected(rejected.reason, rejected.source, rejected.index))  # without its traceback
+                rows.append(RowRejected(*rejected.args))  # without its traceback
                 continue
             kept.append(row)
             targets = tuple((t.prompt, t.key, tuple(t.pixels.shape)) for t in row.targets)

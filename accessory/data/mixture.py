@@ -60,7 +60,7 @@ class Mixture:
         cursor = block * self.quotas[source] + int(self._block[2][place])
         length = len(self.sources[source])
         epoch, position = divmod(cursor, length)
-        row = int(self._order(source, epoch)[position])
+        row = int(self.order(source, epoch)[position])
         return Draw(source, epoch * length + row if self.sources[source].unbounded else row)
 
     def sample(self, k: int) -> Sample:
@@ -68,7 +68,8 @@ class Mixture:
         drawn = self.draw(k)
         return self.sources[drawn.source][drawn.row]
 
-    def _order(self, source: int, epoch: int) -> np.ndarray[Any, Any]:
+    def order(self, source: int, epoch: int) -> np.ndarray[Any, Any]:
+        """The rows of a source in the order in which an epoch draws them."""
         kept = self._epochs.get(source)
         if kept is None or kept[0] != epoch:
             rng = np.random.default_rng((self.seed, 1, source, epoch))

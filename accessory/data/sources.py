@@ -146,6 +146,10 @@ class FileSource:
             raise RowRejected(str(error), self.config.path, index) from error
         return Sample(turns, source=self.name, index=index, meta={CAPTION: True} if self._caption else {})
 
+    def line(self, index: int) -> int | None:
+        """The line of row ``index`` in the file, see :class:`accessory.data.files.Rows`."""
+        return self._rows.line(index)
+
 
 class BuiltinSource:
     """One of the project's own sets."""

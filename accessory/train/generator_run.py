@@ -14,7 +14,7 @@ from accessory import config as configuration
 from accessory.backbone.store import read_file
 from accessory.data import assets
 from accessory.data.encode import DreamLayout, Encoder
-from accessory.data.loader import RowEncoder
+from accessory.data.loader import Loader, RowEncoder
 from accessory.data.targets import TargetEncoder
 from accessory.diffusion.buckets import Nearest, bucket_sizes
 from accessory.models import build
@@ -80,9 +80,7 @@ def run(
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
     if config.init is not None and checkpoint.resolve(resume, config.train.output_dir) is None:
         warm_start(generator, build.base_folder(config.init))
-    encoder = row_encoder(config, generator)
-    size = max(generator.size[0], encoder.tile_size)  # dialogues show some pictures that others draw
-    source = open_loader(config.data, config.train, encoder, size, folder, cache)
+    source = open_rows(config, generator, row_encoder(config, generator), folder, cache)
     describe(generator, source)
     if dry_run:
         resolved = configuration.dump(replace(config, generator=generator.config))
@@ -105,6 +103,14 @@ def run(
     finally:
         if isinstance(features, CachedFeatures):
             features.close()
+
+
+def open_rows(
+    config: GeneratorRunConfig, generator: Generator, encoder: RowEncoder, folder: Path, cache: Path | None
+) -> Loader:
+    """The batches of this rank."""
+    size = max(generator.size[0], encoder.tile_size)  # dialogues show some pictures that others draw
+    return open_loader(config.data, config.train, encoder, size, folder, cache)
 
 
 def objective_of(config: GeneratorRunConfig, features: Features) -> Any:

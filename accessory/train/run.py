@@ -95,11 +95,8 @@ def run(
     data configuration.
     """
     cache = Path(config.cache).expanduser() if config.cache else None
-    rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
-    model = build.build(config.model, cache=cache, train=True)
-    objective = DialogueObjective(config.objective, model.tokenizer, cache)
-    objective.prepare(model.net)
-    minimised = _disjoint(config, objective, model.net)
+    model, objective = assemble(config, cache)
+    minimised = disjoint(config, objective, model.net)
     model.net.to(device)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
@@ -125,6 +122,15 @@ def run(
         return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
 
 
+def assemble(config: RunConfig, cache: Path | None) -> tuple[Model, DialogueObjective]:
+    """The model as a run begins with it, but for ``init``, and what it is trained on."""
+    rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
+    model = build.build(config.model, cache=cache, train=True)
+    objective = DialogueObjective(config.objective, model.tokenizer, cache)
+    objective.prepare(model.net)
+    return model, objective
+
+
 def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> dict[str, str]:
     """What lies beside the tensors of an exported model or generator."""
     return {
@@ -134,7 +140,8 @@ def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> 
     }
 
 
-def _disjoint(config: RunConfig, objective: DialogueObjective, net: nn.Module) -> Objective:
+def disjoint(config: RunConfig, objective: DialogueObjective, net: nn.Module) -> Objective:
+    """The objective, divided into groups of rows and parameters where ``objective.disjoint`` names such."""
     groups = config.objective.disjoint
     if groups and config.train.block_checkpointing:
         raise ValueError(
@@ -262,13 +269,18 @@ def _learned(row: Encoded, model: Model) -> str:
 
 def describe(net: nn.Module, source: Loader) -> None:
     """Say what trains and on what."""
-    parts: dict[str, int] = {}
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            part = name.split(".")[0]
-            parts[part] = parts.get(part, 0) + p.numel()
-    total = sum(p.numel() for p in net.parameters())
-    trained = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in parts.items()) or "nothing"
+    parts = trained_parts(net)
+    total = sum(whole for _, whole in parts.values())
+    trained = ", ".join(f"{k} {v / 1e6:.2f} M" for k, (v, _) in parts.items() if v) or "nothing"
     LOG.info("%.1f M parameters, trained: %s", total / 1e6, trained)
     for s in source.mixture.sources:
         LOG.info("source %s: %d rows, weight %g", s.name, len(s), s.weight)
+
+
+def trained_parts(net: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters of every part of a net: those that train, and all."""
+    parts: dict[str, tuple[int, int]] = {}
+    for name, p in net.named_parameters():
+        trained, total = parts.get(name.split(".")[0], (0, 0))
+        parts[name.split(".")[0]] = (trained + p.numel() * p.requires_grad, total + p.numel())
+    return parts

@@ -19,7 +19,15 @@ BAR = 40
 
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb."""
-    parser = sub.add_parser("doctor", help="look at a run before it starts")
+    from accessory.train.findings import CODES
+
+    width = max(map(len, CODES))
+    parser = sub.add_parser(
+        "doctor",
+        help="look at a run before it starts",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="what can be found:\n" + "\n".join(f"  {c:{width}} {lv:7} {text}" for c, (lv, text) in CODES.items()),
+    )
     parser.add_argument("config", help="the experiment, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace those of the file")
     parser.add_argument("--rows", type=int, default=1000, help="rows read of each source, 0 for all (default: 1000)")
@@ -70,13 +78,10 @@ def text(report: Report, *, colour: bool = False, strict: bool = False) -> str:
     """The report for people."""
     facts, out = report.facts, [report.config]
     for heading, plain, green in report.samples:
-        shown = green if colour else plain
-        more = f"\n... {len(plain) - LONGEST} more characters" if len(plain) > LONGEST else ""
-        out += [
-            "",
-            heading + ("" if colour else "; ⟦what is learned⟧"),
-            (plain[:LONGEST] if more else shown.rstrip()) + more,
-        ]
+        shown = (green if colour else plain).rstrip()
+        if len(plain) > LONGEST:
+            shown = f"{plain[:LONGEST]}\n... {len(plain) - LONGEST} more characters"
+        out += ["", heading + ("" if colour else "; ⟦what is learned⟧"), shown]
     out += ["", *_sources(facts["sources"]), ""]
     for name, what in (("text_positions", "positions of text"), ("picture_positions", "positions of pictures")):
         if facts[name]:
@@ -85,7 +90,7 @@ def text(report: Report, *, colour: bool = False, strict: bool = False) -> str:
     out.append(f"trains: {', '.join(trains)}")
     if "updates" in facts:
         u = facts["updates"]
-        times = ", ".join(f"{n:g}" for n in u["epochs"])
+        times = ", ".join(f"{n:.3g}" for n in u["epochs"])
         out.append(
             f"updates: {u['per_epoch']} an epoch of all rows, {u['rows_per_update']} rows each; "
             f"in {u['max_steps']} each source comes {times} times"
@@ -105,8 +110,8 @@ def _sources(sources: list[dict[str, Any]]) -> list[str]:
     """A table of sources."""
     names = ("rows", "read", "dropped", "longest", "positions", "learned", "tiles", "targets")
     width = max(len(s["name"]) for s in sources) if sources else 0
-    lines = [" " * width + "".join(f"{n:>11}" for n in names)]
-    return lines + [f"{s['name']:{width}}" + "".join(f"{s[n]:>11}" for n in names) for s in sources]
+    lines = [" " * width + "".join(f"{n:>10}" for n in names)]
+    return lines + [f"{s['name']:{width}}" + "".join(f"{s[n]:>10}" for n in names) for s in sources]
 
 
 def _bars(found: Mapping[str, int], what: str) -> list[str]:
@@ -119,10 +124,10 @@ def _memory(m: Mapping[str, Any]) -> str:
 
     kept = m["activations"]
     parts = [(name, m[name]) for name in ("weights", "gradients", "optimizer")]
-    parts += [] if kept is None else [("what the longest batch keeps", kept)]
+    parts += [] if kept is None else [("longest batch", kept)]
     said = ", ".join(f"{name} {size(n)}" for name, n in parts)
     rest = "; what a batch takes was not counted" if kept is None else ""
-    return f"memory: {size(m['total'])} of the device's {size(m['device'])} ({said}{rest})"
+    return f"memory: {size(m['total'])} of the device's {size(m['device'])}: {said}{rest}"
 
 
 def _findings(report: Report, strict: bool) -> list[str]:

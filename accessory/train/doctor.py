@@ -27,8 +27,9 @@ from accessory.peft.quantize import found as quantization
 from accessory.schema import Batch, Encoded, Sample
 from accessory.tokens import DREAM_START, IGNORE, NAMES
 from accessory.train import footprint, generator_run, rng, run
-from accessory.train.checks import Finding, Meaning, after_reading, placeholders, prompts_cut, template_gaps
+from accessory.train.checks import after_reading, placeholders, prompts_cut, template_gaps
 from accessory.train.config import TrainConfig
+from accessory.train.findings import Finding, Meaning
 from accessory.train.footprint import Footprint, Shape
 from accessory.train.generation import dream_of
 from accessory.train.generator_run import GeneratorRunConfig
@@ -300,13 +301,9 @@ def _memory(subject: Subject, longest: Shape | None, asked: Asked, findings: lis
     device = groups.choose_device()
     has = footprint.memory(device) if asked.bytes is None else asked.bytes
     needs: Footprint = footprint.standing(subject.net, subject.train)
-    if (
-        subject.reads is subject.net
-        and subject.reads is not None
-        and longest is not None
-        and quantization(subject.net) is None
-    ):
-        kept = footprint.activations(subject.reads, longest, subject.train, device, subject.language)
+    net = subject.net
+    if isinstance(net, MLLM) and longest is not None and quantization(net) is None:
+        kept = footprint.activations(net, longest, subject.train, device, subject.language)
         needs = dataclasses.replace(needs, activations=kept)
     for code, size, what in (
         ("memory", needs.certain, "weights, gradients and the optimizer alone take"),

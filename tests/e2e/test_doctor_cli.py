@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 import tests.tiny
+from accessory import config as configuration
 from accessory.__main__ import main
 from accessory.data import template
-from accessory.train.checks import CODES
+from accessory.peft.attach import LoraSpec
+from accessory.train.findings import CODES
 from accessory.vision.projector import Projector
 from tests.tiny import tiny_model_dir
-from tests.tiny_generator import write_captions
+from tests.tiny_generator import draw_config, write_captions
 from tests.unit.train.squares import QUESTION, write_squares
 from tests.unit.train.test_generator_run import experiment as generator_experiment
 
@@ -226,8 +228,8 @@ def test_what_does_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def other_model(folder: Path) -> Path:
-    """A model folder of another size."""
-    return tiny_model_dir(folder / "other", tower=None, projector=None, tuning=())
+    """A model folder with tensors that the squares' model lacks."""
+    return tiny_model_dir(folder / "other", tuning=(LoraSpec(rank=2),))
 
 
 def test_a_data_configuration_of_nothing_but_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +259,7 @@ def test_rows_of_the_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "1 rows of the test are rows of the training" in found.text("leak")
     assert f"line 1: is {tmp_path / 'squares.jsonl'}, line 1: in training" in found.text("leak")
     assert "line 2: its picture is that of" in found.text("leak")
-    assert "line 3" not in found.text("leak")
+    assert "test.jsonl, line 3" not in found.text("leak")
     (tmp_path / "asked.jsonl").write_text(json.dumps({"image": "red.png", "question": "Q?", "answer": "A"}) + "\n")
     (tmp_path / "tasks.yaml").write_text("tasks:\n  - {name: shapes, path: asked.jsonl, score: exact}\n")
     asked = look(capsys, path, "--test", str(tmp_path / "tasks.yaml"))
@@ -293,8 +295,28 @@ def test_the_example_of_own_data_passes(tmp_path: Path, capsys: pytest.CaptureFi
     tiny = tiny_model_dir(tmp_path)
     data = f"data.sources={ROOT / 'data_configs' / 'own_data.yaml'}"
     out = tmp_path / "own.json"
-    code = main(["doctor", str(ROOT / "exps" / "own.yaml"), data, f"model.base={tiny}", "--json", str(out)])
+    code = main(
+        ["doctor", str(ROOT / "exps" / "own.yaml"), data, f"model.base={tiny}", "--show", "9", "--json", str(out)]
+    )
     facts = json.loads(out.read_text())
     assert (code, facts["findings"]) == (0, [])
     assert len(facts["sources"]) == 4
     assert "[image 2: 1 tile, 4 positions]" in capsys.readouterr().out
+
+
+def test_dialogues_with_pictures_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = generator_experiment(tmp_path)
+    tree = configuration.parse(path.read_text())
+    tree |= {
+        "generator": configuration.plain(draw_config(tmp_path, dream=True)),
+        "objective": {"loss": {"language": 1.0, "picture": 1.0}},
+        "cache_features": False,
+    }
+    path.write_text(configuration.dump(tree))
+    found = look(capsys, path)
+    assert (found.code, found.codes) == (0, set())
+    assert "⟦<dream_start>⟧<dream>×3<dream_end>[image 1: 1 tile, 4 positions]" in found.out
+    assert found.facts["learned"] == 8 * 3  # trigger, end of the turn, picture
+    blind = look(capsys, path, "seen=false", "objective.loss.language=0.0")
+    assert blind.facts["learned"] == 8
+    assert "[image 1" not in blind.out

@@ -41,7 +41,7 @@ def test_it_follows_what_the_run_does(tmp_path: Path) -> None:
     assert activations(net, replace(SHAPE, rows=6, tiles=8, learned=34), TRAIN, CPU) > 1.8 * whole
     assert activations(net, SHAPE, replace(TRAIN, block_checkpointing=True), CPU) < whole
     assert activations(net, SHAPE, replace(TRAIN, cpu_autocast=True), CPU) < whole
-    assert activations(net, SHAPE, TRAIN, CPU, language=False) < whole / 2
+    assert activations(net, SHAPE, TRAIN, CPU, language=False) < 0.7 * whole
     assert net.backbone.logits(net(torch.zeros(1, 3, dtype=torch.long))).isfinite().all()  # and it still computes
 
 

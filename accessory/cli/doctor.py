@@ -135,7 +135,7 @@ def _findings(report: Report, strict: bool) -> list[str]:
     for f in report.findings:
         level = "error" if strict else f.level
         lines.append(f"{level} {f.code}: {f.text}")
-        lines += [f"  {line}" for line in f.examples]
+        lines += [f"  {place}" for place in f.examples]
     errors = sum(strict or f.level == "error" for f in report.findings)
     lines.append(f"{errors} errors, {len(report.findings) - errors} warnings")
     return lines

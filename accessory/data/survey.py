@@ -35,7 +35,7 @@ class Place:
 
     def __str__(self) -> str:
         where = f"row {self.row}" if self.line is None else f"line {self.line}"
-        return f"{self.source}, {where}: {self.said}"
+        return f"{self.source}, {where}" + (f": {self.said}" if self.said else "")
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Reader:
         place = Place(survey.source.name, row, survey.source.line(row), "")
         before = self.places.setdefault(self.prints.row(sample), place)
         if before is not place:
-            survey.doubles.add(survey.source, row, f"the same as {str(before).rstrip(': ')}")
+            survey.doubles.add(survey.source, row, f"the same as {before}")
         for digest in self.prints.pictures(sample):
             self.shown.setdefault(digest, place)
 

@@ -11,7 +11,7 @@ import torch
 from accessory.data.collate import collate
 from accessory.data.encode import Encoder
 from accessory.data.loader import RowEncoder
-from accessory.data.survey import Reader, Survey, Tally
+from accessory.data.survey import Place, Reader, Survey, Tally
 from accessory.data.template import Control
 from accessory.models.mllm import MLLM
 from accessory.schema import Batch, Encoded
@@ -38,7 +38,7 @@ def prompts_cut(lost: Callable[[Encoded], list[int]], row: Encoded) -> list[Find
     with Meaning("prompt", findings):
         if any(lost(row)):
             findings.append(Finding("prompt", "prompts are longer than the text profile reads, and lose their end"))
-    return [Finding(f.code, f.text, 1, (f"{row.source}, row {row.index}",)) for f in findings]
+    return [Finding(f.code, f.text, 1, (Place(row.source, row.index, None, ""),)) for f in findings]
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def _of_rows(survey: Survey, encoder: RowEncoder) -> list[Finding]:
     findings: list[Finding] = []
 
     def add(code: str, tally: Tally, text: str) -> None:
-        findings.append(Finding(code, f"{name}: {text}", tally.count, tuple(map(str, tally.examples))))
+        findings.append(Finding(code, f"{name}: {text}", tally.count, tuple(tally.examples)))
 
     for (verdict, _), tally in survey.rejected.items():
         reason = tally.examples[0].said
@@ -78,7 +78,7 @@ def _of_rows(survey: Survey, encoder: RowEncoder) -> list[Finding]:
     for said, tally in survey.odd.items():
         add("roles" if said.startswith("role") else "empty", tally, f"{tally.count} {read}: {said}")
     if survey.doubles.count:
-        add("duplicate", survey.doubles, f"{survey.doubles.count} {read} {_are(survey.doubles)} there before")
+        add("duplicate", survey.doubles, f"{survey.doubles.count} {read} repeat an earlier one")
     return findings
 
 
@@ -119,7 +119,7 @@ def placeholders(reader: Reader, net: MLLM, embed: Callable[[Batch], Any], encod
         for row in _few(kept):
             with Meaning("placeholders", findings):
                 embed(collate([row], encoder.pad_id))
-            strange = {int(i) for i in row.ids.unique() if i < 0} - _filled(net)
+            strange = {i for i in row.ids.tolist() if i < 0} - _filled(net)
             if strange:
                 names = ", ".join(NAMES[i] for i in sorted(strange))
                 findings.append(Finding("placeholders", f"rows hold {names}, for which the model has no vector"))

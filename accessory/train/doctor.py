@@ -15,8 +15,8 @@ from accessory.data.audit import Counts, count, histogram, pictures, render_row
 from accessory.data.encode import Encoder
 from accessory.data.loader import Loader, RowEncoder
 from accessory.data.mixture import BLOCK
-from accessory.data.sources import Source, open_source, read_configs
-from accessory.data.survey import Reader, Survey, batches, rows_of, shared
+from accessory.data.sources import FileConfig, Source, open_source, read_configs
+from accessory.data.survey import EXAMPLES, Reader, Survey, batches, rows_of, shared
 from accessory.models import build
 from accessory.models.align import Aligner
 from accessory.models.generator import Generator, build_generator
@@ -227,7 +227,7 @@ def _lost(generator: Generator, row: Encoded) -> list[int]:
 
 
 def _opened(subject: Subject, folder: Path) -> tuple[Loader | None, list[Source], list[Finding]]:
-    """The loader of the run; where it cannot be made, at least the sources that can be opened."""
+    """The loader of the run; where it cannot be made, at least the files that can be opened."""
     try:
         loader = subject.open()
     except ValueError as error:
@@ -237,7 +237,8 @@ def _opened(subject: Subject, folder: Path) -> tuple[Loader | None, list[Source]
     sources: list[Source] = []
     for _, config in read_configs(run.sources_file(subject.data, folder))[0]:
         with Meaning("data", []):  # said above already
-            sources.append(open_source(config, seed=subject.train.seed))
+            if isinstance(config, FileConfig):
+                sources.append(open_source(config))
     return None, [s for s in sources if len(s)], said
 
 
@@ -288,7 +289,7 @@ def _batches(
         own = int((batch.labels[:, 1:] != IGNORE).sum())
         learned += own
         if batch.ids.numel() > largest.rows * largest.positions:
-            largest = Shape(*batch.ids.shape, own, len(batch.tiles))
+            largest = Shape(len(batch.ids), batch.ids.shape[1], own, len(batch.tiles))
     facts["batches"] = {"looked_at": number, "real": real / wide, "learned": learned / wide}
     facts["batches"]["longest"] = dataclasses.asdict(largest)
     if real < wide / 2:
@@ -317,10 +318,13 @@ def _memory(subject: Subject, longest: Shape | None, asked: Asked, findings: lis
 
 def _tests(reader: Reader, tests: Sequence[Source]) -> list[Finding]:
     rows, seen = shared(reader, tests)
+    have = sum(len(s.source) for s in reader.surveys)
+    of = "the training" if len(reader.known) >= have else f"the {len(reader.known)} rows that were read of {have}"
     found = []
-    for tally, what in ((rows, "rows of the test are rows of the training"), (seen, "more have a picture of it")):
+    for tally, what in ((rows, "are rows of"), (seen, "show a picture of")):
         if tally.count:
-            found.append(Finding("leak", f"{tally.count} {what}", tally.count, tuple(map(str, tally.examples))))
+            text = f"{tally.count} rows of the test {what} {of}"
+            found.append(Finding("leak", text, tally.count, tuple(tally.examples)))
     return found
 
 
@@ -328,8 +332,9 @@ def _merged(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Findings that say the same of several rows as one; errors first."""
     out: dict[tuple[str, str], Finding] = {}
     for f in findings:
-        before = out.get((f.code, f.text))
-        out[f.code, f.text] = f if before is None else dataclasses.replace(before, count=before.count + f.count)
+        if before := out.get((f.code, f.text)):
+            f = dataclasses.replace(before, count=before.count + f.count, examples=before.examples + f.examples)
+        out[f.code, f.text] = dataclasses.replace(f, examples=f.examples[:EXAMPLES])
     return tuple(sorted(out.values(), key=lambda f: f.level != "error"))
 
 

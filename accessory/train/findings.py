@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # which would bring torch into the help
+    from accessory.data.survey import Place
 
 Level = Literal["error", "warning"]
 
@@ -41,7 +44,7 @@ class Finding:
     code: str
     text: str
     count: int = 1
-    examples: tuple[str, ...] = ()
+    examples: tuple[Place, ...] = ()
 
     @property
     def level(self) -> Level:

@@ -102,7 +102,8 @@ def _seen(net: MLLM, tiles: Tensor) -> Tensor:
         return net.encode(tiles)
     assert net.resampler is not None
     assert net.tower is not None
-    return net.resampler(net.tower(tiles).sequence())
+    out: Tensor = net.resampler(net.tower(tiles).sequence())
+    return out
 
 
 def _scored(net: MLLM, h: Tensor, learned: int) -> Tensor:

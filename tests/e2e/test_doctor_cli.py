@@ -14,6 +14,7 @@ import tests.tiny
 from accessory import config as configuration
 from accessory.__main__ import main
 from accessory.data import template
+from accessory.data.survey import Place
 from accessory.peft.attach import LoraSpec
 from accessory.train.findings import CODES
 from accessory.vision.projector import Projector
@@ -37,7 +38,7 @@ class Looked:
     def text(self, code: str) -> str:
         """The findings of a code, with their rows."""
         found = [f for f in self.facts["findings"] if f["code"] == code]
-        return "\n".join(line for f in found for line in (f["text"], *f["examples"]))
+        return "\n".join(line for f in found for line in (f["text"], *(str(Place(**e)) for e in f["examples"])))
 
     @property
     def codes(self) -> set[str]:

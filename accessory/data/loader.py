@@ -78,7 +78,7 @@ class _Draws(Dataset[_Packed]):
             try:
                 row = self._encoder.encode(self._mixture.sample(k))
             except RowRejected as rejected:
-                rows.append(RowRejected(rejected.reason, rejected.source, rejected.index))  # without its traceback
+                rows.append(RowRejected(*rejected.args))  # without its traceback
                 continue
             kept.append(row)
             targets = tuple((t.prompt, t.key, tuple(t.pixels.shape)) for t in row.targets)
@@ -255,8 +255,10 @@ class Loader:
             k, row = next(stream)
             step += 1
             if isinstance(row, Encoded) and self.packing is not None:
-                reason = self.packing.misfit(len(row.ids), len(row.tiles))
-                row = row if reason is None else RowRejected(reason, row.source, row.index)
+                try:
+                    self.packing.check(row)
+                except RowRejected as misfit:
+                    row = misfit
             if isinstance(row, RowRejected):
                 self.ledger.reject(row, k)
             else:

@@ -151,6 +151,10 @@ class FileSource:
             raise RowRejected(str(error), self.config.path, index) from error
         return Sample(turns, source=self.name, index=index, meta={CAPTION: True} if self._caption else {})
 
+    def line(self, index: int) -> int | None:
+        """The line of row ``index`` in the file, see :class:`accessory.data.files.Rows`."""
+        return self._rows.line(index)
+
 
 class BuiltinSource:
     """One of the project's own sets."""
@@ -213,7 +217,10 @@ def read_entries(
         raise ValueError("".join(f"{up} includes " for up in above[-1:]) + f"no file of {name} at {path}")
     if path.resolve() in above:
         raise ValueError(f"{path} includes itself: {' -> '.join(map(str, (*above, path.resolve())))}")
-    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
+    tree = configuration.parse_file(path)
+    listed = tree if isinstance(tree, list) and name == "sources" else []
+    if listed and all(isinstance(e, dict) and "kind" not in e for e in listed):
+        raise ValueError(configuration.rows_instead(path))
     tree = tree if isinstance(tree, dict) else {name: tree}
     files, entries = tree.get("include", []), tree.get(name, [] if "include" in tree else None)
     if not isinstance(entries, list) or not isinstance(files, list) or not (entries or files):

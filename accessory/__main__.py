@@ -20,6 +20,7 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("generate", "make pictures of prompts"),
     ("fetch", "bring the default assets into the cache"),
     ("convert", "change the layout of weights"),
+    ("doctor", "look at a run before it starts"),
     ("plan", "memory and rough time of a model before it is loaded"),
 )
 
@@ -30,6 +31,7 @@ EXAMPLES = {
     "generate": 'generate --model runs/nano_dit/final --prompt "a red circle"',
     "fetch": "fetch --list",
     "convert": "convert path/to/model out/model --to hf",
+    "doctor": "doctor exps/own.yaml --rows 200",
     "plan": "plan llama2-13b+sphinx --prompt 2048",
 }
 

@@ -76,6 +76,32 @@ def parse(text: str, name: str = "the text") -> Any:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
 
 
+def parse_file(path: Path) -> Any:
+    """Plain values of a YAML file.
+
+    Raises:
+        ConfigError: for text that is not YAML, and for rows of data, of which even a large file is known at once.
+        OSError: for a file that cannot be read.
+    """
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise ConfigError(rows_instead(path))
+    with path.open(encoding="utf-8") as file:
+        start = file.read(64).lstrip()
+        if kind == ".json" and start.startswith("["):
+            raise ConfigError(rows_instead(path))
+        file.seek(0)
+        return parse(file.read(), str(path))
+
+
+def rows_instead(path: Path) -> str:
+    """What to say of a file of rows that stands where a configuration belongs."""
+    return (
+        f"{path} holds rows of data; what belongs here is a YAML file. Rows are trained on by a line like "
+        f"- {{kind: llava, path: {path.name}}} in a copy of data_configs/own_data.yaml, which data.sources names"
+    )
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The tree of a file with everything that it inherits through ``base:`` (a path relative to the file).
 
@@ -91,12 +117,13 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(str(p) for p in (*above[above.index(here) :], here))
         raise ConfigError(f"base: the files inherit in a circle: {chain}")
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = parse_file(path)
     except OSError as error:
         wanted = f" (the base of {above[-1]})" if above else ""
         raise ConfigError(f"cannot read the configuration {path}{wanted}: {error.strerror or error}") from error
-    tree = parse(text, str(path))
     tree = {} if tree is None else tree
+    if isinstance(tree, list) and tree and all(isinstance(row, dict) for row in tree):
+        raise ConfigError(rows_instead(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of names to values, not {type(tree).__name__}")
     base = tree.pop(BASE, None)

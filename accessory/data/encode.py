@@ -12,7 +12,7 @@ from accessory.data.image import open_picture
 from accessory.data.rows import RowRejected as RowRejected
 from accessory.data.targets import Fit, target
 from accessory.data.template import BOS, Control, Segment, Template, render
-from accessory.data.tiling import TilingConfig, cut
+from accessory.data.tiling import TilePlan, TilingConfig, cut
 from accessory.data.tokenizer import Tokenizer
 from accessory.schema import IDS, Encoded, Picture, Sample, Target, Turn
 from accessory.tokens import DREAM, DREAM_END, DREAM_START, IGNORE, IMAGE, IMAGE_END, IMAGE_START, SKIP
@@ -102,9 +102,11 @@ class Encoder:
         row = self.packed(sample.meta[IDS]) if IDS in sample.meta else self.row(sample.turns, generate=generate)
         if len(row.ids) > self.max_length:
             n, pictures = len(row.ids), int((row.ids < 0).sum())
-            raise ValueError(f"{n} positions ({pictures} of them pictures), the limit is {self.max_length}")
+            reason = f"{n} positions ({pictures} of them pictures), the limit is {self.max_length}"
+            raise RowRejected(reason, sample.source, sample.index, "too-long")
         if not generate and not bool((row.labels != IGNORE).any()):
-            raise ValueError("nothing to learn: the assistant says nothing")
+            reason = "nothing to learn: the assistant says nothing"
+            raise RowRejected(reason, sample.source, sample.index, "no-label")
         return replace(row, source=sample.source, index=sample.index)
 
     def packed(self, ids: list[int]) -> Encoded:
@@ -169,6 +171,10 @@ class Encoder:
         image = open_picture(picture.source)
         plan = self.tiling.plan(*image.size)
         tiles.append(cut(image, plan))
+        return self.picture_ids(plan)
+
+    def picture_ids(self, plan: TilePlan) -> list[int]:
+        """The placeholders of a picture that is cut by ``plan``."""
         if not self.runs:
             return []
         real = tile_ids(self.runs, self.start_end)

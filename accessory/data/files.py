@@ -21,6 +21,10 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    def line(self, index: int) -> int | None:
+        """The line of its file on which a row stands (or ends), from 1; None where files of this kind have no lines."""
+        ...
+
 
 def matching(path: Path) -> list[Path]:
     """The files that ``path`` names: one, several where its name holds ``*``, or none."""
@@ -46,7 +50,7 @@ def open_rows(path: Path) -> Rows:
         if kind == ".json":
             return Listed(_json(path))
         if kind in (".csv", ".tsv"):
-            return Listed(_table(path, "\t" if kind == ".tsv" else ","))
+            return _table(path, "\t" if kind == ".tsv" else ",")
         if kind == ".parquet":
             return Parquet(path)
     except (OSError, csv.Error, UnicodeDecodeError) as error:
@@ -54,16 +58,21 @@ def open_rows(path: Path) -> Rows:
     raise ValueError(f"{path}: a data file ends in .json, .jsonl, .csv, .tsv or .parquet")
 
 
-def _table(path: Path, mark: str) -> list[Any]:
+def _table(path: Path, mark: str) -> Listed:
+    rows: list[Any] = []
+    lines: list[int] = []
     with path.open(newline="", encoding="utf-8") as file:
-        rows: list[Any] = list(csv.DictReader(file, delimiter=mark))
+        reader = csv.DictReader(file, delimiter=mark)
+        for row in reader:
+            rows.append(row)
+            lines.append(reader.line_num)
     for i, row in enumerate(rows if mark == "\t" else ()):
         if any(isinstance(v, str) and "\n" in v and mark in v for v in row.values()):
             raise ValueError(
                 f"{path}: row {i} holds line breaks and tabs between quotation marks: one that begins a text has taken "
                 "in the rows behind it; double it and put the text in quotes, or write .jsonl"
             )
-    return rows
+    return Listed(rows, lines)
 
 
 def _json(path: Path) -> list[Any]:
@@ -83,16 +92,20 @@ def _mapping(row: object) -> dict[str, Any]:
 
 
 class Listed:
-    """Rows held in memory."""
+    """Rows held in memory, with the ``lines`` on which they end where that is known."""
 
-    def __init__(self, rows: list[Any]) -> None:
-        self._rows = rows
+    def __init__(self, rows: list[Any], lines: Sequence[int] | None = None) -> None:
+        self._rows, self._lines = rows, lines
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return _mapping(self._rows[index])
+
+    def line(self, index: int) -> int | None:
+        """As :class:`Rows` says."""
+        return None if self._lines is None else self._lines[index]
 
 
 class Joined:
@@ -108,6 +121,10 @@ class Joined:
     def __getitem__(self, index: int) -> dict[str, Any]:
         part = bisect_right(self._ends, index)
         return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+    def line(self, index: int) -> int | None:
+        """As :class:`Rows` says: a line would not say of which of the files."""
+        return None
 
 
 class JsonLines:
@@ -136,6 +153,15 @@ class JsonLines:
             return _mapping(json.loads(self._file.readline()))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"not valid JSON ({error})") from error
+
+    def line(self, index: int) -> int | None:
+        """As :class:`Rows` says; the file is read up to there."""
+        with self._path.open("rb") as file:
+            before, at = 0, int(self._offsets[index])
+            while at > 0:
+                piece = file.read(min(at, 1 << 20))
+                before, at = before + piece.count(b"\n"), at - len(piece)
+        return before + 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_owner": -1}
@@ -170,3 +196,7 @@ class Parquet:
             self._group = group
         start = int(self._ends[group - 1]) if group else 0
         return _mapping(self._table.slice(index - start, 1).to_pylist()[0])
+
+    def line(self, index: int) -> int | None:
+        """As :class:`Rows` says."""
+        return None

@@ -266,9 +266,10 @@ class Loader:
             k, row = next(stream)
             step += 1
             if isinstance(row, Encoded) and self.packing is not None:
-                reason = self.packing.misfit(len(row.ids), len(row.tiles))
-                if reason is not None:
-                    row = self.mixture.located(RowRejected(reason, row.source, row.index), k)
+                try:
+                    self.packing.check(row)
+                except RowRejected as misfit:
+                    row = self.mixture.located(misfit, k)
             if isinstance(row, RowRejected):
                 self.ledger.reject(row, k)
             else:

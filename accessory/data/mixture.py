@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ class Mixture:
             return Draw(source, walk.row(cursor, (self.seed, 1, source), partial(self._draws, source)))
         length = len(self.sources[source])
         epoch, position = divmod(cursor, length)
-        row = int(self._order(source, epoch)[position])
+        row = int(self.order(source, epoch)[position])
         return Draw(source, epoch * length + row if self.sources[source].unbounded else row)
 
     def sample(self, k: int) -> Sample:
@@ -78,8 +79,8 @@ class Mixture:
         drawn = self.draw(k)
         source = self.sources[drawn.source]
         if isinstance(source, FileSource) and source.walk is not None and rejected.source == source.name:
-            return RowRejected(rejected.reason, *source.where(drawn.row))
-        return RowRejected(rejected.reason, rejected.source, rejected.index)
+            return RowRejected(rejected.reason, *source.where(drawn.row), rejected.verdict)
+        return RowRejected(*rejected.args)
 
     def _shares(self, block: int) -> np.ndarray[Any, Any]:
         order = np.repeat(np.arange(len(self.sources)), self.quotas)
@@ -93,7 +94,8 @@ class Mixture:
         found = np.concatenate([np.flatnonzero(self._shares(b) == source) + b * BLOCK for b in blocks])
         return found[first - blocks[0] * quota :][: last - first]
 
-    def _order(self, source: int, epoch: int) -> np.ndarray[Any, Any]:
+    def order(self, source: int, epoch: int) -> np.ndarray[Any, Any]:
+        """The rows of a source in the order in which an epoch draws them."""
         kept = self._epochs.get(source)
         if kept is None or kept[0] != epoch:
             rng = np.random.default_rng((self.seed, 1, source, epoch))
@@ -135,7 +137,10 @@ def _quotas(weights: Sequence[float]) -> list[int]:
 
 
 class Ledger:
-    """The book of rejected rows: reason, source and row of each, and a stop when they become too many."""
+    """The book of rejected rows: reason, source and row of each once, and a stop when they become too many.
+
+    Ranks and a resumed run share the file ``path``: what already stands there is not written again.
+    """
 
     def __init__(self, path: Path | None = None, *, max_rate: float = 0.05, after: int = 200) -> None:
         self.path = path
@@ -144,6 +149,8 @@ class Ledger:
         self.seen = 0
         self.bad = 0
         self._warned = False
+        self._written: set[tuple[Any, ...]] = set()
+        self._known = 0  # bytes of the file that were looked at
 
     def good(self) -> None:
         """Count a row that was used."""
@@ -154,10 +161,7 @@ class Ledger:
         self.seen += 1
         self.bad += 1
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            entry = {"draw": draw, "source": row.source, "row": row.index, "reason": row.reason}
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # of half a character
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._write(self.path, {"draw": draw, "source": row.source, "row": row.index, "reason": row.reason})
             if not self._warned:
                 LOG.warning("a row was rejected: %s; this one and all others are listed in %s", row, self.path)
                 self._warned = True
@@ -167,6 +171,20 @@ class Ledger:
                 f"{self.bad} of {self.seen} rows were rejected, the limit is {self.max_rate:.0%}; last: {row}{where}"
             )
 
+    def _write(self, path: Path, entry: Mapping[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Backslashes for half a character, which UTF-8 cannot write.
+        written = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        with path.open("a+b") as file:
+            file.seek(self._known)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._known += len(line)
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that something else wrote
+                        self._written.add(_row(json.loads(line)))
+            if _row(json.loads(written)) not in self._written:
+                file.write(written)
+
     def state_dict(self) -> dict[str, int]:
         """Counts so far."""
         return {"seen": self.seen, "bad": self.bad}
@@ -174,6 +192,11 @@ class Ledger:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue counting."""
         self.seen, self.bad = state["seen"], state["bad"]
+
+
+def _row(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells one entry of the book from another."""
+    return entry["source"], entry["row"], entry["reason"]
 
 
 def check_fingerprint(mixture: Mixture, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accessory.data.files import open_rows
+from accessory.data.rows import RowRejected
 from accessory.data.tokenizer import Tokenizer
+from accessory.schema import Encoded
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class PackingConfig:
         if self.tiles is not None and tiles > self.tiles:
             return f"{tiles} tiles, a pack holds {self.tiles} (data.packing.tiles)"
         return None
+
+    def check(self, row: Encoded) -> None:
+        """Raise :class:`RowRejected` for a row that no pack can hold."""
+        if (reason := self.misfit(len(row.ids), len(row.tiles))) is not None:
+            raise RowRejected(reason, row.source, row.index, "misfit")
 
     def share(self, positions: int, tiles: int) -> float:
         """Of a pack, what is taken by the scarcer of the two."""

@@ -184,6 +184,10 @@ class FileSource:
         """What the ledger names of a row: its file, or its shard and what is known of it there, and its number."""
         return self._rows.where(index) if isinstance(self._rows, Streamed) else (self.config.path, index)
 
+    def line(self, index: int) -> int | None:
+        """The line of row ``index`` in the file, see :class:`accessory.data.files.Rows`."""
+        return self._rows.line(index)
+
 
 class BuiltinSource:
     """One of the project's own sets."""
@@ -255,7 +259,10 @@ def read_entries(
         raise ValueError("".join(f"{up} includes " for up in above[-1:]) + f"no file of {name} at {path}")
     if path.resolve() in above:
         raise ValueError(f"{path} includes itself: {' -> '.join(map(str, (*above, path.resolve())))}")
-    tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
+    tree = configuration.parse_file(path)
+    listed = tree if isinstance(tree, list) and name == "sources" else []
+    if listed and all(isinstance(e, dict) and "kind" not in e for e in listed):
+        raise ValueError(configuration.rows_instead(path))
     tree = tree if isinstance(tree, dict) else {name: tree}
     files, entries = tree.get("include", []), tree.get(name, [] if "include" in tree else None)
     if not isinstance(entries, list) or not isinstance(files, list) or not (entries or files):

@@ -64,6 +64,10 @@ class Streamed:
                     raise ValueError(f"the shard cannot be read ({error})") from error
         raise AssertionError
 
+    def line(self, index: int) -> int | None:
+        """Shards have no lines."""
+        return None
+
     def where(self, index: int) -> tuple[str, int]:
         """The shard of row ``index`` with the row's key or row group, and the row's number in the shard."""
         shard, row = self._at(index)

@@ -11,8 +11,10 @@ from accessory.backbone import store
 from accessory.backbone.keys import config_from_dict
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.sizes import SIZES, from_hf_config
+from accessory.data import assets
 from accessory.models import build, stacked
 from accessory.models.build import BackboneConfig, ModelConfig
+from accessory.models.encoder_store import encoder_path
 from accessory.models.mllm import MLLM
 from accessory.models.published import LLAMA_TYPES
 from accessory.models.reference import text_specs
@@ -106,6 +108,46 @@ def stated(folder: Path) -> LlamaConfig:
     """The sizes in a folder of whole weights, of our layout or Hugging Face's."""
     found = store.read_json(folder / "config.json")
     return config_from_dict(found["backbone"]) if found.get("format") == "accessory" else from_hf_config(found)
+
+
+def absent(config: ModelConfig, cache: Path | None = None) -> list[str]:
+    """What of the weights that ``config`` and its bases name is not there, each with where it comes from if known."""
+    if config.base is not None:
+        folder = build.find(config.base)
+        if not (folder / build.CONFIG_FILE).is_file():
+            return [f"model.base: {_reason(config.base) or f'{folder} holds no {build.CONFIG_FILE}'}"]
+        lost = [] if (folder / build.WEIGHTS_FILE).is_file() else [f"model.base: no file {folder / build.WEIGHTS_FILE}"]
+        with build.beside(folder):
+            return lost + absent(_below(config.base), cache)
+    named = {"backbone.source": config.backbone.source, "backbone.tokenizer": config.backbone.tokenizer}
+    if config.tower is not None:
+        named["tower.weights"] = config.tower.weights
+    if config.resampler is not None:
+        named["resampler.neighbours"] = config.resampler.neighbours
+    lost = [f"model.{name}: {why}" for name, value in named.items() if value and (why := _gone(value, cache))]
+    for name, digest in ({} if config.tower is None else config.tower.encoders).items():
+        if not (path := encoder_path(digest, cache)).is_file():
+            lost.append(f"model.tower.encoders.{name}: no file {path}; convert its checkpoint again")
+    return lost
+
+
+def _reason(base: str) -> str:
+    try:
+        build.base_folder(base)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _gone(name: str, cache: Path | None) -> str:
+    """Why an asset or a file is not there; empty where it is."""
+    if not name.startswith(build.ASSET):
+        return "" if build.find(name).exists() else f"nothing at {name}"
+    try:
+        assets.asset_dir(name.removeprefix(build.ASSET), cache)
+    except assets.AssetError as error:
+        return str(error)
+    return ""
 
 
 def _released(folder: Path) -> str | None:

@@ -56,6 +56,12 @@ class Layout:
         """Entries of the whole parameter."""
         return parameter.numel() * (1 if self.place(name).axis is None else self.plan.tensor)
 
+    def share(self, name: str, whole: Tensor, copies: int) -> int:
+        """Entries of a ``whole`` tensor on the rank that holds most of them, among ``copies`` data ranks."""
+        place = self.place(name)
+        number = whole.numel() // (1 if place.axis is None else self.plan.tensor)
+        return number if place.rows is None else number // place.rows * -(-place.rows // copies)
+
     def summed(self, name: str) -> bool:
         """Whether the backward pass itself has summed the gradient over the data ranks."""
         return self.place(name).rows is not None

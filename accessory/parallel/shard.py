@@ -26,6 +26,8 @@ from accessory.parallel import groups
 from accessory.parallel.axes import COLUMN, ROW, shard_rule
 from accessory.parallel.layout import Layout, ParallelConfig, Place
 
+CODES = ".kernel.codes"  # the tensor of a quantised linear that takes nearly all of its bytes
+
 
 def parallelize(
     model: nn.Module,
@@ -47,29 +49,55 @@ def parallelize(
         ValueError: when ``plan.tensor`` does not divide the number of processes, of heads, of key/value heads, of
             words or a width, naming all of them; when the ranks built different models; nothing is changed then.
     """
-    axes: dict[str, int] = {}
+    layout = planned(model, plan, blocks, groups.world_size() // plan.tensor)
     if plan.tensor > 1:
-        axes = _cut(model, plan.tensor)
+        _cut(model, plan.tensor)
     model.to(device)
-    rows: dict[str, int] = {}
     if plan.data == "fsdp" and groups.data_size() > 1:
-        rows = _shard(model, blocks, torch.device(device).type)
-    names = [n for n, _ in model.named_parameters()]
-    places = {n: Place(axes.get(n), rows.get(n)) for n in names if n in axes or n in rows}
+        _shard(model, _spread(model, blocks), torch.device(device).type)
+    return layout
+
+
+def planned(model: nn.Module, plan: ParallelConfig, blocks: Sequence[nn.Module], copies: int) -> Layout:
+    """Where :func:`parallelize` puts every parameter of a model that is whole, with ``copies`` data ranks, and the
+    codes of quantised weights. Nothing is changed, and no ranks are needed.
+
+    Raises:
+        ValueError: as :func:`parallelize` for what does not divide.
+    """
+    axes = _axes(model, plan.tensor) if plan.tensor > 1 else {}
+    rows: dict[str, int] = {}
+    if plan.data == "fsdp" and copies > 1:
+        inside = {p for part in _spread(model, blocks) for p in part.parameters()}
+        for name, p in model.named_parameters():
+            if p in inside and p.ndim:
+                rows[name] = len(p) // (plan.tensor if axes.get(name) == 0 else 1)
+    places = {n: Place(axes.get(n), rows.get(n)) for n in dict.fromkeys((*axes, *rows))}
     return Layout(plan, places)
 
 
 # --- over tensor groups ----------------------------------------------------------------------------------------------
 
 
-def _cut(model: nn.Module, width: int) -> dict[str, int]:
-    """Replace the layers of the backbone; the axis of every parameter that is cut."""
-    from accessory.parallel import layers  # fairscale is needed here alone
-
-    layers.start(width)
+def _axes(model: nn.Module, width: int) -> dict[str, int]:
+    """The axis of every tensor that is cut; ValueError for what ``width`` ranks cannot share evenly."""
     name, backbone = _backbone(model)
     if problems := [*dict.fromkeys(_problems(backbone, width))]:
         raise ValueError(f"parallel.tensor {width} does not divide {', '.join(problems)}")
+    start = f"{name}." if name else ""
+    axes = {start + n: shard_rule(n, experts="cut") for n, _ in backbone.named_parameters()}
+    for n, _ in backbone.named_buffers():  # codes are cut as the weights that they stand for
+        if n.endswith(CODES):
+            axes[start + n] = shard_rule(n.removesuffix(CODES) + ".weight", experts="cut")
+    return {n: axis for n, axis in axes.items() if isinstance(axis, int)}
+
+
+def _cut(model: nn.Module, width: int) -> None:
+    """Replace the layers of the backbone."""
+    from accessory.parallel import layers  # fairscale is needed here alone
+
+    layers.start(width)
+    _, backbone = _backbone(model)
     _same_everywhere(model)
     for path, module in [*backbone.named_modules()]:
         own = {leaf: child for leaf, child in module.named_children() if type(child) is Linear}
@@ -89,9 +117,6 @@ def _cut(model: nn.Module, width: int) -> dict[str, int]:
     tower = getattr(model, "tower", None)
     if tower is not None and not any(p.requires_grad for p in tower.parameters()):
         tower.tokens = SharedTokens(tower.tokens)
-    start = f"{name}." if name else ""
-    rules = {start + n: shard_rule(n, experts="cut") for n, _ in backbone.named_parameters()}
-    return {n: rule for n, rule in rules.items() if isinstance(rule, int)}
 
 
 class SharedTokens:
@@ -152,19 +177,21 @@ def _same_everywhere(model: nn.Module) -> None:
 # --- over data ranks -------------------------------------------------------------------------------------------------
 
 
-def _shard(model: nn.Module, blocks: Sequence[nn.Module], device: str) -> dict[str, int]:
-    """Cut blocks, embedding and output over the data ranks; the rows of every parameter that is cut."""
+def _spread(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Blocks, embedding and output, each of which is cut over the data ranks."""
     if not blocks:
         raise ValueError(f"parallel.data is fsdp, but {type(model).__name__} names no blocks to cut")
-    group = groups.group("data")
-    mesh = init_device_mesh(device, (dist.get_world_size(),)) if group is None else DeviceMesh.from_group(group, device)
     ends = []
     for module in model.modules():
         if hasattr(module, "tok_embeddings") and getattr(module, "output", None) is not None:
             ends += [module.tok_embeddings, module.output]  # a tied table is read outside of its own forward
-    parts = [*blocks, *(e for e in ends if isinstance(e, nn.Module))]
-    inside = {p for part in parts for p in part.parameters()}
-    sizes = {n: p.shape for n, p in model.named_parameters() if p in inside}
+    return [*blocks, *(e for e in ends if isinstance(e, nn.Module))]
+
+
+def _shard(model: nn.Module, parts: Sequence[nn.Module], device: str) -> None:
+    """Cut ``parts`` over the data ranks."""
+    group = groups.group("data")
+    mesh = init_device_mesh(device, (dist.get_world_size(),)) if group is None else DeviceMesh.from_group(group, device)
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     # The root holds none itself; it tells the parts of each other, so that one is fetched while another computes.
@@ -175,4 +202,3 @@ def _shard(model: nn.Module, blocks: Sequence[nn.Module], device: str) -> dict[s
         if isinstance(module, FSDPModule):  # a sum, as in the rest of the loop; gloo knows no other reduction
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    return {n: size[0] for n, size in sizes.items() if len(size)}

@@ -14,7 +14,7 @@ from accessory import config as configuration
 from accessory.backbone.store import read_file
 from accessory.data import assets
 from accessory.data.encode import DreamLayout
-from accessory.data.loader import RowEncoder
+from accessory.data.loader import Loader, RowEncoder
 from accessory.data.targets import TargetEncoder
 from accessory.diffusion.buckets import Nearest, bucket_sizes
 from accessory.models import build
@@ -64,6 +64,8 @@ class GeneratorRunConfig:
         given = [name for name, value in of_dialogues.items() if value is not None]
         if given and self.objective.loss is None:
             raise ValueError(f"{given[0]} is for dialogues (objective.loss); prompts and pictures have no positions")
+        if self.train.parallel != ParallelConfig():
+            raise ValueError(f"train.parallel {self.train.parallel}: a generator lies whole on every rank so far")
 
 
 def run(
@@ -82,11 +84,7 @@ def run(
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
     if config.init is not None and checkpoint.resolve(resume, config.train.output_dir) is None:
         warm_start(generator, build.base_folder(config.init))
-    if config.train.parallel != ParallelConfig():
-        raise ValueError(f"train.parallel {config.train.parallel}: a generator lies whole on every rank so far")
-    encoder = row_encoder(config, generator)
-    size = max(generator.size[0], encoder.tile_size)  # dialogues show some pictures that others draw
-    source = open_loader(config.data, config.train, encoder, size, folder, cache)
+    source = open_rows(config, generator, row_encoder(config, generator), folder, cache)
     describe(generator, source)
     if dry_run:
         resolved = configuration.dump(replace(asked, generator=generator.config))
@@ -113,6 +111,14 @@ def run(
 
 main_config = partial(started, run, GeneratorRunConfig)
 """As that of :mod:`accessory.train.run`."""
+
+
+def open_rows(
+    config: GeneratorRunConfig, generator: Generator, encoder: RowEncoder, folder: Path, cache: Path | None
+) -> Loader:
+    """The batches of this rank."""
+    size = max(generator.size[0], encoder.tile_size)  # dialogues show some pictures that others draw
+    return open_loader(config.data, config.train, encoder, size, folder, cache)
 
 
 def objective_of(config: GeneratorRunConfig, features: Features) -> Any:

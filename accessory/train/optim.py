@@ -250,17 +250,7 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> dict
             unused.discard(group.pattern)
         out.setdefault(key, []).append(name)
     if unused:
-        bad = sorted(unused)[0]
-        if taken := fnmatch.filter(parameters, bad):
-            raise ValueError(
-                f"train.groups: pattern {bad!r} matches nothing that an earlier group left ({len(taken)} parameters "
-                f"are taken, {taken[0]} first); put the narrower pattern first"
-            )
-        near = difflib.get_close_matches(bad, list(parameters), n=3, cutoff=0.0)
-        raise ValueError(
-            f"train.groups: pattern {bad!r} matches no trainable parameter; close names are {', '.join(near)}; correct "
-            "it or remove the group, e.g. train.groups=[]"
-        )
+        raise ValueError("\n".join(_unused(pattern, parameters) for pattern in sorted(unused)))
     return out
 
 
@@ -271,3 +261,17 @@ def _seldom(model: nn.Module) -> set[str]:
         for prefix, module in model.named_modules()
         for name in getattr(module, "seldom", ())
     }
+
+
+def _unused(pattern: str, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Why the group of a pattern is empty."""
+    if taken := fnmatch.filter(parameters, pattern):
+        return (
+            f"train.groups: pattern {pattern!r} matches nothing that an earlier group left ({len(taken)} parameters "
+            f"are taken, {taken[0]} first); put the narrower pattern first"
+        )
+    near = difflib.get_close_matches(pattern, list(parameters), n=3, cutoff=0.0)
+    return (
+        f"train.groups: pattern {pattern!r} matches no trainable parameter; close names are {', '.join(near)}; correct "
+        "it or remove the group, e.g. train.groups=[]"
+    )

@@ -15,15 +15,16 @@ from accessory import config as configuration
 from accessory.backbone.llama import Llama
 from accessory.backbone.quantized import layout
 from accessory.data.sources import SourceConfig, missing, read_configs
+from accessory.models import build
 from accessory.models.build import DTYPES, ModelConfig
 from accessory.models.mllm import MLLM
 from accessory.models.plan import size
-from accessory.models.skeleton import resolved, skeleton
+from accessory.models.skeleton import absent, resolved, skeleton
 from accessory.peft.quantize import Quantization
 from accessory.schema import Batch
 from accessory.train.config import TrainConfig
 from accessory.train.optim import Optimizer
-from accessory.train.run import RunConfig, grouped, sources_file
+from accessory.train.run import RunConfig, grouped, sources_file, trained_parts
 
 # Bytes of a number that trains: itself, its gradient and two moments, all in fp32.
 TRAINED = 16
@@ -35,7 +36,8 @@ SHAPES = {"square": (4096, 4096), "2:1": (4096, 2048)}
 class Outline:
     """``parts``: parameters of each part and how many of them train. ``positions``: those of a picture, by its shape.
 
-    ``memory``: bytes of weights, gradients and moments on every rank. ``absent``: files that are not there.
+    ``memory``: bytes of weights, gradients and moments on every rank. ``absent``: files of the data that are not there,
+    ``lacking``: of the weights.
     """
 
     parts: dict[str, tuple[int, int]]
@@ -45,6 +47,7 @@ class Outline:
     sources: tuple[SourceConfig, ...]
     absent: tuple[str, ...]
     train: TrainConfig
+    lacking: tuple[str, ...] = ()
 
 
 def outline(config: RunConfig, folder: Path = Path()) -> Outline:
@@ -54,13 +57,8 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
         ValueError: for whatever would keep it from being built: sizes, patterns, groups, the data configuration.
     """
     net, model = skeleton(config.model), resolved(config.model)
-    parts: dict[str, tuple[int, int]] = {}
-    frozen = 0
-    for name, p in net.named_parameters():
-        part = name.split(".")[0]
-        total, trained = parts.get(part, (0, 0))
-        parts[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)
-        frozen += 0 if p.requires_grad else p.numel() * p.itemsize
+    parts = {name: (total, trained) for name, (trained, total) in trained_parts(net).items()}
+    frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
     Optimizer(net, config.train)  # complains about group patterns, as the next line about those of rows
     grouped(config, _nothing, net)
     spec = config.model.quantization or model.quantization
@@ -69,7 +67,7 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
     found, mistakes = read_configs(sources_file(config.data, folder))
     if mistakes:
         raise ValueError(f"the data configuration {config.data.sources} cannot be used:\n  " + "\n  ".join(mistakes))
-    absent = [missing(source) for _, source in found]
+    gone = [missing(source) for _, source in found]
     seen = {} if net.tower is None else {name: _positions(net, model, sides) for name, sides in SHAPES.items()}
     _, limit = model.dialogues
     if (most := max(seen.values(), default=0)) >= limit:
@@ -80,9 +78,18 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
         limit,
         frozen + TRAINED * sum(trained for _, trained in parts.values()),
         tuple(source for _, source in found),
-        tuple(problem for problem in absent if problem is not None),
+        tuple(problem for problem in gone if problem is not None),
         config.train,
+        tuple(_lacking(config)),
     )
+
+
+def _lacking(config: RunConfig) -> list[str]:
+    """Weights that are not there, among them those of ``init``."""
+    lost = absent(config.model, Path(config.cache).expanduser() if config.cache else None)
+    if config.init is not None and not (file := build.find(config.init) / build.WEIGHTS_FILE).is_file():
+        lost.append(f"init: no file {file}")
+    return lost
 
 
 def _codes(backbone: Llama, spec: Quantization, dtype: torch.dtype) -> int:
@@ -134,6 +141,8 @@ def _lines(name: str, found: Outline) -> list[str]:
         f"{t.weight_decay:g}, betas {t.betas[0]:g} {t.betas[1]:g}, gradients {clipped}"
     )
     out.append(f"memory of every rank before activations: {size(found.memory)}")
+    out.append("weights: " + ("all there" if not found.lacking else f"{len(found.lacking)} of them not there"))
+    out += [f"  {problem}" for problem in found.lacking]
     there = len(found.sources) - len(found.absent)
     out.append(f"data: {len(found.sources)} sources, {there} of them there")
     return out + [f"  {problem}" for problem in found.absent]

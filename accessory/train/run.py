@@ -104,10 +104,7 @@ def run(
     ranks = groups.world_size() // config.train.parallel.tensor
     asked, config = config, replace(config, train=config.train.on(ranks))
     cache = Path(config.cache).expanduser() if config.cache else None
-    rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
-    model = build.build(config.model, cache=cache, train=True)
-    objective = DialogueObjective(config.objective, model.tokenizer, cache, config.train.loss_chunk)
-    objective.prepare(model.net)
+    model, objective = assemble(config, cache)
     minimised = grouped(config, objective, model.net)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
@@ -142,6 +139,15 @@ def run(
 
 main_config = partial(started, run, RunConfig)
 """``main_config(path, overrides, resume, dry_run=False)``: see :func:`started`."""
+
+
+def assemble(config: RunConfig, cache: Path | None) -> tuple[Model, DialogueObjective]:
+    """The model as a run begins with it, but for ``init``, and what it is trained on."""
+    rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
+    model = build.build(config.model, cache=cache, train=True)
+    objective = DialogueObjective(config.objective, model.tokenizer, cache, config.train.loss_chunk)
+    objective.prepare(model.net)
+    return model, objective
 
 
 def export_texts(config: Any, resolved: str, data: DataConfig, folder: Path) -> dict[str, str]:
@@ -299,6 +305,7 @@ def plan(net: nn.Module, source: Loader, config: TrainConfig, resolved: str, sho
             for _ in islice(look, source.window):  # a window has so many batches at least
                 pass
             report_filled(look)
+        LOG.info("a dry run encodes no more rows than this; python -m accessory doctor looks at all of them")
         return
     raise ValueError(f"none of the first {source.ledger.after} rows can be used")
 
@@ -309,15 +316,19 @@ def _learned(row: Encoded, model: Model) -> str:
 
 def describe(net: nn.Module, source: Loader, layout: Layout | None = None) -> None:
     """Say what trains and on what."""
-    layout = layout or Layout()
-    sizes = {name: layout.numel(name, p) for name, p in net.named_parameters()}
-    parts: dict[str, int] = {}
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            part = name.split(".")[0]
-            parts[part] = parts.get(part, 0) + sizes[name]
-    total = sum(sizes.values())
-    trained = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in parts.items()) or "nothing"
+    parts = trained_parts(net, layout)
+    total = sum(whole for _, whole in parts.values())
+    trained = ", ".join(f"{k} {v / 1e6:.2f} M" for k, (v, _) in parts.items() if v) or "nothing"
     LOG.info("%.1f M parameters, trained: %s", total / 1e6, trained)
     for s in source.mixture.sources:
         LOG.info("source %s: %d rows, weight %g", s.name, len(s), s.weight)
+
+
+def trained_parts(net: nn.Module, layout: Layout | None = None) -> dict[str, tuple[int, int]]:
+    """Parameters of every part of a net, however it lies: those that train, and all."""
+    parts: dict[str, tuple[int, int]] = {}
+    for name, p in net.named_parameters():
+        number = p.numel() if layout is None else layout.numel(name, p)
+        trained, total = parts.get(name.split(".")[0], (0, 0))
+        parts[name.split(".")[0]] = (trained + number * p.requires_grad, total + number)
+    return parts

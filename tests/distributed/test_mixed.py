@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from accessory.nn import moe
-from accessory.parallel.layout import ParallelConfig
+from accessory.parallel.layout import ParallelConfig, local
+from accessory.parallel.shard import parallelize, planned
 from tests.distributed.helpers import run_ranks
 from tests.distributed.spread import Mixed, column, config, made, trained
 
@@ -65,6 +67,36 @@ def test_packs_are_padded_rows(name: str, tmp_path: Path) -> None:
         for value in ("loss", "grad_norm", *(["router"] if method == "moe" else [])):
             assert float((column(packed, value) / column(padded, value) - 1).abs().max()) < 1e-4, (method, value)
         assert float((column(leaking, "grad_norm") / column(padded, "grad_norm") - 1).abs().max()) > 1e-3, method
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tensor", "product"])
+def test_a_rank_holds_the_share_that_is_foretold(name: str, tmp_path: Path) -> None:
+    """Of every tensor, on the rank that holds most; foretold by one process that has the whole model."""
+    plan, world = PLANS[name], 2 * PLANS[name].tensor if name == "product" else 2
+
+    def held(net: nn.Module) -> dict[str, int]:
+        return {n: local(t).numel() for n, t in (*net.named_parameters(), *net.named_buffers())}
+
+    def work(rank: int) -> Any:
+        found = []
+        for method in ("prefix", "qlora"):
+            net = made(tmp_path / str(rank), method, ffn_dim=52).net
+            parallelize(net, plan, list(net.backbone.layers))
+            found.append(held(net))
+        return found
+
+    ranks = run_ranks(work, world, LIMIT)
+    for i, method in enumerate(("prefix", "qlora")):
+        net = made(tmp_path, method, ffn_dim=52).net
+        layout = planned(net, plan, list(net.backbone.layers), world // plan.tensor)
+        named = {
+            n: layout.share(n, t, world // plan.tensor) for n, t in (*net.named_parameters(), *net.named_buffers())
+        }
+        most = {n: max(r[i][n] for r in ranks) for n in ranks[0][i]}
+        assert {n: v for n, v in named.items() if not n.endswith(".scales")} == {
+            n: v for n, v in most.items() if not n.endswith(".scales")
+        }
+        assert sum(most.values()) < 0.9 * sum(held(net).values())
 
 
 def test_scores_in_parts_are_refused_where_ranks_must_call_alike(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from accessory.data.encode import Encoder
 from accessory.data.loader import Loader
 from accessory.data.mixture import Ledger, Mixture
+from accessory.data.rows import RowRejected
 from accessory.data.sources import load_sources
 from accessory.train.config import TrainConfig
 from accessory.train.run import DataConfig, open_loader, report_rejected, reported
@@ -74,6 +75,26 @@ def test_the_first_rejected_row_is_said(tmp_path: Path, encoder: Encoder, caplog
     assert ledger.bad >= 2
     assert len(said) == 1
     assert str(tmp_path / "rejected.jsonl") in said[0]
+
+
+def test_a_row_is_listed_once(tmp_path: Path) -> None:
+    """Whatever rank meets it, in whatever epoch, before or after a cut; another fault of it is another line."""
+    path = tmp_path / "rejected.jsonl"
+
+    def rows() -> list[tuple[int, str]]:
+        return [(e["row"], e["reason"]) for e in map(json.loads, path.read_text().splitlines())]
+
+    first, second = (Ledger(path, max_rate=1.0) for _ in range(2))
+    for ledger, row in ((first, 3), (second, 3), (second, 4), (first, 4), (first, 3)):
+        ledger.reject(RowRejected("torn \u00e4", "a", row), 9)
+    assert rows() == [(3, "torn \u00e4"), (4, "torn \u00e4")]
+    assert first.bad + second.bad == 5
+    with path.open("a") as file:
+        file.write("not of a book\n")
+    resumed = Ledger(path, max_rate=1.0)
+    for reason, source in (("torn \u00e4", "a"), ("gone", "a"), ("torn \u00e4", "b")):
+        resumed.reject(RowRejected(reason, source, 4), 1)
+    assert path.read_text().count("\n") == 5
 
 
 def test_a_small_set_stops_too(tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ from tests.tiny import tiny_model_dir
 
 PAGES = ("README.md", "CONTRIBUTING.md")
 NANO = "weights/nano-sphinx"
-EXPECTED = 34  # commands in both pages: change it together with them
+EXPECTED = 35  # commands in both pages: change it together with them
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Too long for a suite, or the suite itself: the script must exist, parse, and know its options.
 HEAVY = (
@@ -37,8 +37,8 @@ HEAVY = (
     "python demos/chat.py", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",
 )  # fmt: skip
 REAL = (
-    "python -m accessory train", "python -m accessory chat --model weights/", "python -m accessory chat --model runs/",
-    "python -m accessory fetch --list",
+    "python -m accessory train", "python -m accessory doctor", "python -m accessory chat --model weights/",
+    "python -m accessory chat --model runs/", "python -m accessory fetch --list",
 )  # fmt: skip
 
 
@@ -93,6 +93,8 @@ def test_the_example_works_from_top_to_bottom(
         if words[0] == "train":
             steps = 4 if "--resume" in words else 3
             words += [f"model.base={tiny}", f"train.max_steps={steps}", "train.warmup_steps=1", "data.workers=0"]
+        if words[0] == "doctor":
+            words += [f"model.base={tiny}"]
         if words[0] == "chat":
             words += ["--max-new-tokens", "4"]
         monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115  (a terminal that ends at once)
@@ -104,6 +106,16 @@ def test_the_example_works_from_top_to_bottom(
     assert (tmp_path / "own" / "step-000004").is_dir()
     printed = capsys.readouterr().out
     assert all(name in printed for name in assets.ASSETS)
+    [shown] = blocks("text")
+    lines = {without_numbers(line) for line in printed.splitlines()}
+    assert [line for line in shown.splitlines() if line != "..." and without_numbers(line) not in lines] == []
+    assert shown.count("\n") > 15
+
+
+def without_numbers(line: str) -> str:
+    """A line of output, as far as it is the same for every model."""
+    blanked = " ".join(re.sub(r"[\d.,-]+%?( [GM]B)?|█+", "#", line).split())
+    return re.sub(r"#( #)+", "#", blanked)
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,15 @@ def test_base_circle_and_missing_base(tmp_path: Path) -> None:
 
 def test_text_that_is_no_mapping_or_gives_a_key_twice(tmp_path: Path) -> None:
     assert "must hold a mapping" in wrong(tmp_path / "a.yaml", "- 1")
+    rows = '[{"conversations": []}, {"conversations": []}]'
+    assert "holds rows of data" in wrong(tmp_path / "a.yaml", rows)
+    assert "- {kind: llava, path: a.json}" in wrong(tmp_path / "a.json", rows)
+    assert "holds rows of data" in wrong(tmp_path / "a.jsonl", "{}\n{}")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1\xff")
+    with pytest.raises(config.ConfigError, match="holds rows of data"):
+        config.read(tmp_path / "b.parquet")
+    (tmp_path / "whole.json").write_text('{"name": "a"}')
+    assert config.read(tmp_path / "whole.json") == {"name": "a"}  # JSON is YAML
     assert "given twice" in wrong(tmp_path / "a.yaml", "steps: 1\nsteps: 2")
     assert "not valid YAML" in wrong(tmp_path / "a.yaml", "steps: [1")
 

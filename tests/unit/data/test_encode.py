@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from accessory.data.audit import count, render_row
+from accessory.data.audit import count, histogram, oddities, pictures, render_row
 from accessory.data.encode import Encoder, RowRejected
 from accessory.data.template import TEMPLATES, get
 from accessory.data.tiling import TilingConfig
@@ -134,3 +134,52 @@ def test_render_row_marks_every_learned_stretch(tokenizer: Tokenizer) -> None:
     row: Encoded = encoder(tokenizer).encode(dialogue(("a",), "b", ("c",), "d"))
     text = render_row(row, tokenizer)
     assert text.count("⟦") == text.count("⟧") == 2
+
+
+def test_pictures_are_named_where_they_stand(tokenizer: Tokenizer) -> None:
+    made = encoder(tokenizer, "sphinx", grid=2)
+    sample = dialogue(("a", WIDE, "b", PICTURE), "c", (PICTURE, "d"), "e")
+    row = made.encode(sample)
+    shown = pictures(sample, made)
+    assert [s.positions for s in shown] == [11, 15, 15]
+    text = render_row(row, tokenizer, shown)
+    assert (
+        "[image 1: 2x2 tiles and the whole, 2 blank, 11 positions][image 2: 2x2 tiles and the whole, 15 positions]"
+        in text
+    )
+    assert text.index("[image 1") < text.index("A chat between") < text.index("[image 3: ") < text.index("d\n###")
+    assert "<image>" not in text
+    assert "<image>×15" in render_row(row, tokenizer, shown[:2])  # one that nobody named
+
+
+def test_learned_text_is_green_and_data_gives_a_terminal_no_orders(tokenizer: Tokenizer) -> None:
+    row = encoder(tokenizer).encode(dialogue(("Hi \x1b[2J\n",), "A\tcat\x07."))
+    text = render_row(row, tokenizer, colour=True)
+    assert "\x1b[32mA\tcat\\x07.<|im_end|>\x1b[0m" in text
+    assert "Hi \\x1b[2J\n" in text
+    assert text.count("\x1b") == 2
+
+
+def test_what_looks_wrong_in_a_dialogue() -> None:
+    def odd(*roles: str) -> list[str]:
+        return oddities([Turn(r.strip("-"), () if "-" in r else ("x",)) for r in roles])  # type: ignore[arg-type]
+
+    assert odd("system", "user", "assistant", "user", "assistant") == odd("assistant", "assistant") == []
+    assert odd("assistant", "user", "assistant") == ["role order: the assistant speaks first"]
+    assert odd("user", "user", "user", "assistant") == ["role order: two turns of the user in a row"]
+    assert odd("user", "assistant", "user") == ["role order: the user speaks last, and nobody answers"]
+    assert [o.split(":")[0] for o in odd("user-", "assistant-")] == ["an empty answer", "an empty question"]
+    assert oddities([Turn("user", (PICTURE,)), Turn("assistant", (PICTURE,))]) == []
+
+
+def test_the_first_position_is_never_learned(tokenizer: Tokenizer) -> None:
+    row = encoder(tokenizer).packed([5, 6, 7])
+    assert (count(row).learned, count(row).text, count(row).positions) == (2, 3, 3)
+
+
+def test_histograms_hold_every_value() -> None:
+    assert histogram([]) == {}
+    assert histogram([7, 7]) == {"7": 2}
+    found = histogram(list(range(10, 110)), bins=4)
+    assert found == {"10-34": 25, "35-59": 25, "60-84": 25, "85-109": 25}
+    assert sum(histogram([1, 500, 3, 77]).values()) == 4

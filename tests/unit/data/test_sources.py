@@ -15,7 +15,7 @@ from PIL import Image
 from accessory.data.files import open_rows
 from accessory.data.mixture import Mixture
 from accessory.data.rows import RowRejected
-from accessory.data.sources import FileConfig, FileOptions, Source, load_sources, open_source
+from accessory.data.sources import FileConfig, FileOptions, FileSource, Source, load_sources, open_source
 from accessory.schema import Picture, Turn
 
 CONFIGS = Path(__file__).resolve().parents[3] / "data_configs"
@@ -294,3 +294,15 @@ def test_the_default_mixture_names_built_in_sets() -> None:
         far = source[len(source) + 3]
         assert far.source == source.name
         assert far.turns[0].pictures
+
+
+def test_rows_know_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"text": "a"}\n\n \n{"text": "b"}\n{"text": "c"}')
+    (tmp_path / "r.csv").write_text('text\n"a\nstill a"\nb\n')
+    (tmp_path / "r.json").write_text('[{"text": "a"},\n{"text": "b"}]')
+    lines = {}
+    for kind in ("jsonl", "csv", "json"):
+        source = open_source(FileConfig("text", path=str(tmp_path / f"r.{kind}")))
+        assert isinstance(source, FileSource)
+        lines[kind] = [source.line(i) for i in range(len(source))]
+    assert lines == {"jsonl": [1, 4, 5], "csv": [3, 4], "json": [None, None]}

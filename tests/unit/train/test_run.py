@@ -188,7 +188,32 @@ def test_dry_run_describes_and_leaves_nothing(tmp_path: Path, caplog: pytest.Log
         assert run(config, folder=tmp_path, dry_run=True) is None
     assert "trained: backbone" in caplog.text
     assert "4 rows" in caplog.text
+    assert "encodes no more rows than this; python -m accessory doctor looks" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_an_outline_names_weights_that_are_not_there(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    assert outline(config, tmp_path).lacking == ()
+    assert config.model.tower is not None
+    tower = replace(config.model.tower, weights="gone.safetensors")
+    backbone = replace(config.model.backbone, tokenizer="asset:smollm2")
+    lost = replace(
+        config, init="runs/none/final", cache=str(tmp_path / "empty"),
+        model=replace(config.model, tower=tower, backbone=backbone),
+    )  # fmt: skip
+    words, eyes, start = outline(lost, tmp_path).lacking
+    assert "model.backbone.tokenizer: asset 'smollm2' is not in" in words
+    assert "python -m accessory fetch smollm2" in words
+    assert eyes == "model.tower.weights: nothing at gone.safetensors"
+    assert start == f"init: no file {Path('runs/none/final') / build.WEIGHTS_FILE}"
+    base = tiny_model_dir(tmp_path)
+    model = replace(build.ModelConfig(), base=str(base), tuning=(TrainSpec(("projector.*",)),))
+    assert outline(replace(config, model=model), tmp_path).lacking == ()
+    (base / build.WEIGHTS_FILE).unlink()
+    assert outline(replace(config, model=model), tmp_path).lacking == (
+        f"model.base: no file {base / build.WEIGHTS_FILE}",
+    )
 
 
 def test_a_global_batch_becomes_accumulation(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Spreading a built model over the ranks: linears are cut over tensor groups, blocks over data ranks.
 
-The model is built, loaded and tuned as on one process, then cut, so a rank's part is the part of what one process would
-have by construction; a rank therefore holds the whole model in main memory until here, and never on its device.
+The model is built and tuned as on one process, then cut, so a rank's part is the part of what one process would have by
+construction. What is unread by then (:mod:`accessory.nn.unread`) is read here, a rank's part of one tensor after the
+other, and over data ranks block by block: no rank ever holds the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from accessory.nn import unread
 from accessory.nn.attention import Attention
 from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear, stated
@@ -50,13 +52,23 @@ def parallelize(
     axes: dict[str, int] = {}
     if plan.tensor > 1:
         axes = _cut(model, plan.tensor)
-    model.to(device)
     rows: dict[str, int] = {}
     if plan.data == "fsdp" and groups.data_size() > 1:
-        rows = _shard(model, blocks, torch.device(device).type)
+        rows = _shard(model, blocks, torch.device(device), axes)
+    else:
+        _fetch(model, model, axes, device)
     names = [n for n, _ in model.named_parameters()]
     places = {n: Place(axes.get(n), rows.get(n)) for n in names if n in axes or n in rows}
     return Layout(plan, places)
+
+
+def _fetch(model: nn.Module, part: nn.Module, axes: Mapping[str, int], device: torch.device | str) -> None:
+    """Read what is unread in a part of ``model`` and move the part to ``device``."""
+    inside = set(part.parameters())
+    names = [n for n, p in model.named_parameters() if p in inside and p.is_meta]
+    unread.read(model, names, axes, groups.tensor_rank(), groups.tensor_size())
+    unread.make(part)
+    part.to(device)
 
 
 # --- over tensor groups ----------------------------------------------------------------------------------------------
@@ -136,6 +148,11 @@ def _problems(backbone: Any, width: int) -> Iterator[str]:
             counts += [("n_heads", heads[0]), ("n_kv_heads", heads[1])]
         elif isinstance(module, FeedForward):
             counts.append(("the feed-forward width", stated(module.w1).shape[0]))
+        elif isinstance(module, Linear) and (leaf := path.rpartition(".")[2]) in (*COLUMN, *ROW):
+            inputs, group = stated(module).shape[1], getattr(module.kernel, "group", 1)
+            # Weights that share a scale stay together.
+            if group > 1 and inputs % (group * (width if leaf in ROW else 1)):
+                yield f"the {inputs} inputs of {leaf} into whole groups of {group}"
     words, dim = backbone.tok_embeddings.weight.shape
     counts += [("dim", dim)] if backbone.output is None else [("dim", dim), ("vocab_size", words)]
     yield from (f"{what} {count}" for what, count in counts if count % width)
@@ -143,8 +160,8 @@ def _problems(backbone: Any, width: int) -> Iterator[str]:
 
 def _same_everywhere(model: nn.Module) -> None:
     """ValueError unless all ranks have built one model: parts of two would be joined to none."""
-    first = [p.detach().flatten()[:64].double().sum() for p in model.parameters()]
-    sums = torch.stack([s.cpu() for s in first]).tolist()
+    first = [p.detach().flatten()[:64].double().sum() for p in model.parameters() if not p.is_meta]
+    sums = torch.stack([s.cpu() for s in first]).tolist() if first else []
     if any(other != sums for other in groups.gather_objects(sums)):
         raise ValueError("the ranks have built different models; seed them alike before their parameters are drawn")
 
@@ -152,12 +169,15 @@ def _same_everywhere(model: nn.Module) -> None:
 # --- over data ranks -------------------------------------------------------------------------------------------------
 
 
-def _shard(model: nn.Module, blocks: Sequence[nn.Module], device: str) -> dict[str, int]:
+def _shard(
+    model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, axes: Mapping[str, int]
+) -> dict[str, int]:
     """Cut blocks, embedding and output over the data ranks; the rows of every parameter that is cut."""
     if not blocks:
         raise ValueError(f"parallel.data is fsdp, but {type(model).__name__} names no blocks to cut")
     group = groups.group("data")
-    mesh = init_device_mesh(device, (dist.get_world_size(),)) if group is None else DeviceMesh.from_group(group, device)
+    kind = device.type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),)) if group is None else DeviceMesh.from_group(group, kind)
     ends = []
     for module in model.modules():
         if hasattr(module, "tok_embeddings") and getattr(module, "output", None) is not None:
@@ -166,7 +186,9 @@ def _shard(model: nn.Module, blocks: Sequence[nn.Module], device: str) -> dict[s
     inside = {p for part in parts for p in part.parameters()}
     sizes = {n: p.shape for n, p in model.named_parameters() if p in inside}
     for part in parts:
+        _fetch(model, part, axes, device)
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    _fetch(model, model, axes, device)
     # The root holds none itself; it tells the parts of each other, so that one is fetched while another computes.
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
     for module in model.modules():

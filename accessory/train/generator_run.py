@@ -21,7 +21,8 @@ from accessory.models import build
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.generator import Generator, GeneratorConfig, build_generator, saved_state
 from accessory.parallel import groups
-from accessory.parallel.layout import ParallelConfig
+from accessory.parallel.layout import Layout, ParallelConfig
+from accessory.parallel.shard import parallelize
 from accessory.schema import Encoded
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
@@ -76,12 +77,11 @@ def run(
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
     if config.init is not None and checkpoint.resolve(resume, config.train.output_dir) is None:
         warm_start(generator, build.base_folder(config.init))
-    if config.train.parallel != ParallelConfig():
-        raise ValueError(f"train.parallel {config.train.parallel}: a generator lies whole on every rank so far")
+    layout = _spread(generator, config, device)
     encoder = row_encoder(config, generator)
     size = max(generator.size[0], encoder.tile_size)  # dialogues show some pictures that others draw
     source = open_loader(config.data, config.train, encoder, size, folder, cache)
-    describe(generator, source)
+    describe(generator, source, layout)
     if dry_run:
         resolved = configuration.dump(replace(asked, generator=generator.config))
         plan(generator, source, config.train, resolved, _asked)
@@ -96,6 +96,7 @@ def run(
         export=lambda _: saved_state(generator),
         resolved=resolved,
         texts=export_texts(generator.config, resolved, config.data, folder),
+        layout=layout,
     )
     try:
         with reported(source.ledger):
@@ -103,6 +104,26 @@ def run(
     finally:
         if isinstance(features, CachedFeatures):
             features.close()
+
+
+def _spread(generator: Generator, config: GeneratorRunConfig, device: torch.device | str) -> Layout:
+    """Cut the blocks of the denoiser over the ranks; conditioner and codec stay whole on each.
+
+    Raises:
+        ValueError: for tensor parallelism, and for dialogues: a rank whose rows ask for no picture would leave the
+            others waiting for its blocks.
+    """
+    spread = config.train.parallel
+    if spread == ParallelConfig():
+        return Layout()
+    if spread.tensor > 1 or config.objective.loss is not None:
+        raise ValueError(
+            f"train.parallel {spread}: of a generator, data: fsdp cuts the denoiser's blocks where every row asks for "
+            "a picture (objective.loss null); all else lies whole on every rank"
+        )
+    blocks = list(getattr(generator.denoiser, "layers", ()))
+    found = parallelize(generator.denoiser, spread, blocks, device)
+    return Layout(spread, {f"denoiser.{name}": place for name, place in found.places.items()})
 
 
 main_config = partial(started, run, GeneratorRunConfig)

@@ -25,7 +25,7 @@ from tests.tiny import tiny_model_dir
 
 PAGES = ("README.md", "CONTRIBUTING.md")
 NANO = "weights/nano-sphinx"
-EXPECTED = 30  # commands in both pages: change it together with them
+EXPECTED = 31  # commands in both pages: change it together with them
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Too long for a suite, or the suite itself: the script must exist, parse, and know its options.
 HEAVY = (
@@ -33,7 +33,7 @@ HEAVY = (
     "bash exps/train.sh",
     "bash exps/setup.sh", "bash tests/run.sh", "bash .ci/run", "python -m accessory generate",
     "python -m accessory chat --model nano-sphinx --generator",
-    "python demos/chat.py", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",
+    "python demos/chat.py", "python -m tests.distributed.curves", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",
 )  # fmt: skip
 REAL = (
     "python -m accessory train", "python -m accessory chat --model weights/", "python -m accessory chat --model runs/",

@@ -33,7 +33,8 @@ HEAVY = (
     "bash exps/train.sh",
     "bash exps/setup.sh", "bash tests/run.sh", "bash .ci/run", "python -m accessory generate",
     "python -m accessory chat --model nano-sphinx --generator",
-    "python demos/chat.py", "python -m tests.distributed.curves", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",
+    "python demos/chat.py", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",
+    "python -m tests.distributed.curves",
 )  # fmt: skip
 REAL = (
     "python -m accessory train", "python -m accessory chat --model weights/", "python -m accessory chat --model runs/",

@@ -91,8 +91,8 @@ def config(folder: Path, steps: int, plan: ParallelConfig | None = None, **optio
     """Of a run that sees two micro-batches of each update on one data rank."""
     return TrainConfig(
         output_dir=str(folder), max_steps=steps, lr=0.01, weight_decay=0.1, clip_norm=0.5, log_every=1,
-        precision="fp32", tensorboard=False, eps=1e-6, parallel=plan or ParallelConfig(),
-        **{"accumulation": 2, **options},
+        tensorboard=False, eps=1e-6, parallel=plan or ParallelConfig(),
+        **{"accumulation": 2, "precision": "fp32", **options},
     )  # fmt: skip
 
 

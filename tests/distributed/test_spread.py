@@ -15,6 +15,7 @@ from tests.distributed.spread import METHODS, apart, column
 
 STEPS = 20
 FEW = {"optimizer": "adamw8bit"}
+BF16 = {"precision": "bf16", "cpu_autocast": True}
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +49,13 @@ def test_moments_of_a_byte_each_are_cut_too(name: str, tmp_path: Path, monkeypat
     # Blocks of moments end elsewhere, and chance is drawn for each part: near, but not equal.
     assert difference(few, ours, "loss") < 0.01
     assert 0 < difference(few, plain, "loss") < 0.01
+
+
+def test_bf16_is_that_of_one_process(tmp_path: Path) -> None:
+    plan, world = PLANS["product"]
+    half, plain = alone(tmp_path / "half", "full", 4, **BF16), alone(tmp_path / "plain", "full", 4)
+    ours = run_ranks(spread(tmp_path, plan, ["full"], 4, **BF16), world)[0][0]["full"]
+    # Sums of ranks are rounded to eight bits in other places.
+    assert difference(half, ours, "loss") < 1e-3
+    assert difference(half, ours, "grad_norm") < 1e-2
+    assert difference(plain, half, "loss") > 2 * TOLERANCE

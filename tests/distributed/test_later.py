@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from accessory import config as configuration
 from accessory.backbone.hf import write_hf
 from accessory.backbone.llama import Llama, LlamaConfig
 from accessory.backbone.meta import save_shards
@@ -25,12 +27,13 @@ from accessory.parallel.layout import Layout, ParallelConfig, local
 from accessory.parallel.shard import parallelize
 from accessory.peft.attach import LoraSpec, PrefixSpec, TrainSpec
 from accessory.peft.quantize import Quantization
+from accessory.train.run import RunConfig, run
+from tests.distributed.curves import PLANS, TOLERANCE, difference
 from tests.distributed.helpers import run_ranks
 from tests.distributed.spread import EVERYTHING
 from tests.tiny import tiny_config, tiny_tokenizer
+from tests.unit.train.squares import write_squares
 
-PLANS = {"tensor": (ParallelConfig(tensor=2), 2), "fsdp": (ParallelConfig(data="fsdp"), 2),
-         "product": (ParallelConfig(tensor=2, data="fsdp"), 4)}  # fmt: skip
 SIZES = LlamaConfig(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=360, ffn_dim=256, max_length=64)
 
 
@@ -55,6 +58,7 @@ def parts(config: ModelConfig, plan: ParallelConfig, later: bool) -> tuple[dict[
     torch.manual_seed(0)
     net = build.build(config, train=True, later=later).net
     waiting = any(p.is_meta for p in net.parameters())
+    unread.read(net.backbone, ("norm.weight",))  # what is wanted before is whole, and cut with the rest
     layout = parallelize(net, plan, list(net.backbone.layers))
     assert not any(t.is_meta for t in net.state_dict().values())
     return {n: local(t).clone() for n, t in net.state_dict().items()}, layout, waiting
@@ -112,6 +116,30 @@ def test_a_model_that_was_not_spread_does_not_compute(tmp_path: Path) -> None:
         unread.read(net)
 
 
+def test_a_run_begins_with_folders(tmp_path: Path) -> None:
+    """An experiment on a folder of weights, then one that begins where the first ended; both ways of reading."""
+    path = write_squares(tmp_path, 3)
+    folder = written(tmp_path / "weights").backbone.source
+
+    def rows(name: str, *more: str) -> list[dict[str, float]]:
+        own = (f"model.backbone.source={folder}", "model.backbone.llama=null", f"train.output_dir={tmp_path}/{name}")
+        run(configuration.load(path, RunConfig, [*own, "train.eps=1e-6", *more]), folder=tmp_path)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    first = rows("first")
+    again = f"init={tmp_path}/first/final"
+    second = rows("second", again)
+    assert second[0]["loss"] < first[0]["loss"] - 0.05  # what was learned is there
+
+    def work(rank: int) -> Any:
+        spread = "train.parallel.tensor=2"
+        return rows("first on two", spread), rows("second on two", spread, again)
+
+    for one, two in zip((first, second), run_ranks(work)[0], strict=True):
+        assert max(difference(one, two, value) for value in ("loss", "grad_norm")) < TOLERANCE
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 _MMAP_THRESHOLD = -3
@@ -143,14 +171,16 @@ def test_no_rank_ever_holds_the_whole(name: str, tmp_path: Path) -> None:
     plain = written(tmp_path, BIG, dtype=torch.bfloat16)
     backbone = replace(plain.backbone, dtype="bf16")
     config = replace(plain, backbone=backbone, tuning=(TrainSpec(("backbone.*",)),))  # trains, and so in fp32
+    small = replace(written(tmp_path / "small"), tuning=config.tuning)
     whole = 2 * (tmp_path / "accessory" / "model.safetensors").stat().st_size
     assert whole > 250e6
 
     def work(rank: int) -> Any:
-        def spread(later: bool) -> None:
+        def spread(later: bool, config: ModelConfig = config) -> None:
             net = build.build(config, train=True, later=later).net
             parallelize(net, plan, list(net.backbone.layers))
 
+        spread(True, small)  # what is imported on the way is no weight
         return peak(lambda: spread(True)), peak(lambda: spread(False))
 
     for late, early in run_ranks(work, world):

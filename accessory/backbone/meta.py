@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from accessory.backbone import store
 from accessory.backbone.hf import load_pickle
-from accessory.backbone.keys import check_keys, expected_shapes, write_config
+from accessory.backbone.keys import check_keys, config_from_dict, expected_shapes, write_config
 from accessory.backbone.llama import LlamaConfig
 from accessory.backbone.sizes import SIZES, find_size
 from accessory.nn.rope import RopeScaling
-from accessory.parallel.axes import merge_shards, split_shards
+from accessory.nn.unread import Cut, Reader, held
+from accessory.parallel.axes import merge_shards, shard_rule, split_shards
 
 PATTERN = re.compile(
     r"consolidated\.(?P<rank>\d+)(?:-of-(?P<of>\d+)\.model(?P<diff>-diff)?)?\.(?P<kind>pth|safetensors)"
@@ -92,9 +94,54 @@ def merge_folder(folder: Path, *, pickles: bool = False, whole: Collection[str] 
     shards = []
     for path in shard_files(folder):
         state, _ = read_shard(path, pickles=pickles)
-        names = {k: k.removeprefix("llma.") for k in state}
-        shards.append({n: state[k] for k, n in names.items() if n != "rope.freqs" and not n.endswith("freqs_cis")})
+        shards.append(_own_names(state))
     return merge_shards(shards, str(folder), whole)
+
+
+def _own_names(shard: Mapping[str, Any]) -> dict[str, Any]:
+    names = {k: k.removeprefix("llma.") for k in shard}
+    return {n: shard[k] for k, n in names.items() if n != "rope.freqs" and not n.endswith("freqs_cis")}
+
+
+def open_shards(folder: Path) -> tuple[LlamaConfig, dict[str, Reader]] | None:
+    """Config and tensors, to be read one by one, of a folder of safetensors shards of plain LLaMA; None for any other.
+
+    On as many tensor-parallel ranks as there are shards each reads a shard of its own.
+
+    Raises:
+        ValueError: as :func:`read_meta`.
+    """
+    if any(p.suffix != ".safetensors" or p.stem.endswith("-diff") for p in shard_files(folder)):
+        return None
+    shards = [_own_names(store.file_entries(p)) for p in shard_files(folder)]
+    rules = {name: shard_rule(name) for shard in shards for name in shard}
+    if any(isinstance(rule, str) for rule in rules.values()) or any(shard.keys() != rules.keys() for shard in shards):
+        return None
+    with torch.device("meta"):
+        sizes = {n: [torch.empty(s[n].shape) for s in shards] for n in rules}
+    axes = {n: cast("int | None", rule) for n, rule in rules.items()}
+    empty = {n: parts[0] if (axis := axes[n]) is None else torch.cat(parts, axis) for n, parts in sizes.items()}
+    stated = store.read_json(folder / ("params.json" if (folder / "params.json").is_file() else "config.json"))
+    if stated.get("format") == "accessory":
+        config = config_from_dict(stated["backbone"])
+    else:
+        config = from_meta_params(stated, empty["tok_embeddings.weight"].shape[0], tied="output.weight" not in empty)
+    check_keys(expected_shapes(config), empty, str(folder))
+    return config, {name: _joined([s[name] for s in shards], axis) for name, axis in axes.items()}
+
+
+def _joined(parts: Sequence[store.Entry], axis: int | None) -> Reader:
+    def read(cut: Cut | None = None) -> Tensor:
+        if axis is not None and cut is not None and (cut[0], cut[2]) == (axis, len(parts)):
+            return parts[cut[1]].read()
+        found = [part.read() for part in parts]
+        if axis is not None:
+            return held(torch.cat(found, axis))(cut)
+        if any(not torch.equal(found[0], other) for other in found[1:]):
+            raise ValueError(f"{parts[0].name} differs between the shards of {parts[0].path.parent}")
+        return held(found[0])(cut)
+
+    return read
 
 
 def read_meta(folder: Path, *, pickles: bool = False) -> tuple[LlamaConfig, dict[str, Tensor]]:

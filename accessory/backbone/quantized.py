@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accessory.backbone import hf, store
+from accessory.backbone import hf, meta, store
 from accessory.backbone.keys import build_meta, check_keys, config_from_dict, expected_shapes, write_config
 from accessory.backbone.llama import Llama, LlamaConfig
+from accessory.backbone.reference_folders import llama_type
 from accessory.backbone.sizes import from_hf_config
 from accessory.nn.quantized import Int8, Quantized, QuantizedTable
+from accessory.nn.unread import Cut, Later, Reader, note, read_as
 from accessory.peft.quantize import Quantization, fill, found, quantized, restored, stamp, targets
 
 TABLE = "tok_embeddings"
-Reader = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ def _kernels(model: Llama, spec: Quantization) -> dict[str, tuple[str, ...]]:
 
 
 def open_folder(folder: Path, layout: str) -> Source | None:
-    """A folder of safetensors in our layout or Hugging Face's; None where its tensors cannot be read one by one.
+    """A folder of safetensors in our layout, Hugging Face's or plain LLaMA's shards; None where its tensors cannot be
+    read one by one.
 
     Raises:
         ValueError: for torn files, and missing, unexpected or mis-shaped keys.
     """
+    if any(folder.glob("consolidated.*")):
+        shards = meta.open_shards(folder) if llama_type(folder) in (None, "llama") else None
+        return None if shards is None else Source(*shards)
     if layout not in ("accessory", "hf") or not any(folder.glob("model*.safetensors")):
         return None
     stated = store.read_json(folder / "config.json")
@@ -97,7 +103,10 @@ def open_folder(folder: Path, layout: str) -> Source | None:
 
 
 def _hf_reader(config: LlamaConfig, name: str, entry: store.Entry) -> Reader:
-    return lambda: hf.reordered(config, name, entry.read())
+    def read(cut: Cut | None = None) -> Tensor:
+        return hf.reordered(config, name, entry.read(cut))  # it moves rows within heads, and no cut parts a head
+
+    return read
 
 
 def load(source: Source, spec: Quantization, dtype: torch.dtype | None, device: torch.device | str) -> Llama:
@@ -106,23 +115,11 @@ def load(source: Source, spec: Quantization, dtype: torch.dtype | None, device: 
     Raises:
         ValueError: when the folder is quantised in another way, or ``spec`` does not fit the sizes.
     """
-    if source.stored not in (None, spec):
-        raise ValueError(f"the weights are quantised as {source.stored}, not as {spec}")
-    stored, model = source.stored is not None, build_meta(source.config)
-    if dtype is None:
-        dtype = source.readers["norm.weight" if f"{TABLE}.weight" not in source.readers else f"{TABLE}.weight"]().dtype
+    dtype, model = _dtype(source, spec, dtype), build_meta(source.config)
     linears = dict(targets(model))
-    for name, fields in _kernels(model, spec).items():
+    for name in _kernels(model, spec):
         module: Any = model.tok_embeddings if name == TABLE else linears[name]
-        if stored:
-            state = {field: _read(source, f"{name}.kernel.{field}", None, device) for field in fields}
-            shape = (module.weight.shape[0], module.weight.shape[1])
-            kernel = restored(spec if name != TABLE else Quantization("int8"), state, shape, dtype)
-        else:
-            weight = _read(source, f"{name}.weight", dtype, device)
-            kernel = Int8.of(weight) if name == TABLE else _quantized(name, spec, weight)
-            del weight  # or it would stay until the next one has been read
-        _place(model, name, module, kernel)
+        _place(model, name, module, _kernel(source, spec, name, tuple(module.weight.shape), dtype, device))
     for name, parameter in list(model.named_parameters()):
         assert parameter.is_meta, name
         owner, _, leaf = name.rpartition(".")
@@ -130,6 +127,54 @@ def load(source: Source, spec: Quantization, dtype: torch.dtype | None, device: 
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     stamp(model, spec)
     return model.eval()
+
+
+def unread(source: Source, spec: Quantization | None, dtype: torch.dtype | None) -> Llama:
+    """As :func:`load`, or plain without ``spec``, but nothing is read: see :mod:`accessory.nn.unread`.
+
+    A quantised table is the exception, as no layout cuts it.
+
+    Raises:
+        ValueError: as :func:`load`; what does not fit sizes is found when a layer is read.
+    """
+    dtype, model = _dtype(source, spec, dtype), build_meta(source.config).to(dtype)
+    linears = dict(targets(model))
+    for name in () if spec is None else _kernels(model, spec):
+        assert spec is not None
+        module: Any = model.tok_embeddings if name == TABLE else linears[name]
+        shape = (module.weight.shape[0], module.weight.shape[1])
+        make = partial(_kernel, source, spec, name, shape, dtype, "cpu")
+        group = 1 if spec.kind == "int8" else spec.group
+        _place(model, name, module, make() if name == TABLE else Later(make, shape, dtype, group))
+    note(model, {name: read_as(source.readers[name], dtype) for name, _ in model.named_parameters()})
+    stamp(model, spec)
+    return model.eval()
+
+
+def _dtype(source: Source, spec: Quantization | None, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype``, or that of the table; ValueError when the weights are quantised in another way than ``spec``."""
+    if source.stored not in (None, spec):
+        raise ValueError(f"the weights are quantised as {source.stored}, not as {spec}")
+    if dtype is not None:
+        return dtype
+    return source.readers["norm.weight" if f"{TABLE}.weight" not in source.readers else f"{TABLE}.weight"]().dtype
+
+
+def _kernel(
+    source: Source,
+    spec: Quantization,
+    name: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Quantized:
+    """The kernel of one layer, read or made of its full weight."""
+    if source.stored is not None:
+        own = spec if name != TABLE else Quantization("int8")
+        state = {field: _read(source, f"{name}.kernel.{field}", None, device) for field in own.layout(*shape)}
+        return restored(own, state, shape, dtype)
+    weight = _read(source, f"{name}.weight", dtype, device)
+    return Int8.of(weight) if name == TABLE else _quantized(name, spec, weight)
 
 
 def _quantized(name: str, spec: Quantization, weight: Tensor) -> Quantized:

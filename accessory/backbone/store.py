@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accessory import log
+from accessory.nn.unread import Cut
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -150,24 +151,38 @@ class Entry:
     name: str
     shape: tuple[int, ...]
 
-    def read(self) -> Tensor:
-        """The tensor. Its file is mapped for it alone, so that its pages go when it does."""
+    def read(self, cut: Cut | None = None) -> Tensor:
+        """The tensor, or a part of it. Its file is mapped for it alone, so that its pages go when it does.
+
+        Raises:
+            ValueError: when ``cut`` asks for parts that are not equal.
+        """
         with safe_open(str(self.path), framework="pt") as file:
-            return file.get_tensor(self.name)
+            if cut is None:
+                return file.get_tensor(self.name)
+            axis, part, parts = cut
+            if axis >= len(self.shape) or self.shape[axis] % parts:
+                raise ValueError(f"{parts} ranks cannot share axis {axis} of {self.name} {self.shape} evenly")
+            size = self.shape[axis] // parts
+            rows = slice(part * size, (part + 1) * size)
+            return file.get_slice(self.name)[(slice(None),) * axis + (rows,)]
 
 
 def entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a folder as :func:`read_tensors` finds it, by name; only headers are read."""
     read_tensors(folder)  # maps the files, reads no weights, and finds everything that is wrong
-    found: dict[str, Entry] = {}
     files = [folder / SINGLE]
     if not files[0].is_file():
         files = [folder / file for file in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
-    for path in files:
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                found[name] = Entry(path, name, tuple(file.get_slice(name).get_shape()))
-    return found
+    return {name: entry for path in files for name, entry in file_entries(path).items()}
+
+
+def file_entries(path: Path) -> dict[str, Entry]:
+    """Every tensor of one safetensors file by name; only its header is read. Errors as :func:`read_file`."""
+    read_file(path)  # maps it, and finds what is torn
+    with safe_open(str(path), framework="pt") as file:
+        names = file.keys()
+        return {name: Entry(path, name, tuple(file.get_slice(name).get_shape())) for name in names}
 
 
 def read_indexed(folder: Path, index: str) -> dict[str, Tensor]:

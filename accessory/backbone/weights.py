@@ -14,7 +14,8 @@ from torch import Tensor
 from accessory.backbone import gguf, hf, meta, reference_folders, store
 from accessory.backbone.keys import build_meta, check_keys, config_from_dict, expected_shapes, write_config
 from accessory.backbone.llama import Llama, LlamaConfig
-from accessory.backbone.quantized import Source, load, open_folder, stored_quantization
+from accessory.backbone.quantized import Source, load, open_folder, stored_quantization, unread
+from accessory.nn.unread import Cut, held
 from accessory.peft.quantize import Quantization
 
 Layout = Literal["accessory", "hf", "meta", "gguf"]
@@ -114,11 +115,13 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantization: Quantization | None = None,
+    later: bool = False,
 ) -> Llama:
     """A backbone from a folder in our layout or Hugging Face's (or a GGUF file, dequantised to bf16), in eval mode.
 
     Tensors that need no cast, move or reordering stay memory-mapped: nothing is held twice. ``quantization``: linears
-    are quantised as they are read, a layer at a time; a folder that is quantised already is read as it is.
+    are quantised as they are read, a layer at a time; a folder that is quantised already is read as it is. ``later``:
+    where tensors can be read one by one, none is read before the model is spread (:mod:`accessory.nn.unread`).
 
     Raises:
         ValueError: for an unknown or ambiguous layout, torn files, and missing, unexpected or mis-shaped keys.
@@ -126,11 +129,15 @@ def load_backbone(
     folder = Path(folder)
     if folder.is_dir() and quantization is None:
         quantization = stored_quantization(folder)
-    if quantization is None:
+    if quantization is None and not later:
         config, tensors = read_folder(folder)
         return from_tensors(config, tensors, dtype=dtype, device=device)
     layout = detect(folder)
     source = open_folder(folder, layout)
+    if source is not None and later:
+        return unread(source, quantization, dtype)
+    if quantization is None:
+        return from_tensors(*read_folder(folder, layout=layout), dtype=dtype, device=device)
     if source is None:
         return quantized_from_tensors(*read_folder(folder, layout=layout), quantization, dtype=dtype, device=device)
     return load(source, quantization, dtype, device)
@@ -150,8 +157,12 @@ def quantized_from_tensors(
         ValueError: when ``quantization`` does not fit the sizes.
     """
     dtype = tensors["tok_embeddings.weight"].dtype if dtype is None else dtype
-    source = Source(config, {k: partial(tensors.pop, k) for k in list(tensors)})
-    return load(source, quantization, dtype, device)
+    return load(Source(config, {k: partial(_taken, tensors, k) for k in tensors}), quantization, dtype, device)
+
+
+def _taken(tensors: dict[str, Tensor], name: str, cut: Cut | None = None) -> Tensor:
+    """A tensor out of ``tensors``, which it leaves."""
+    return held(tensors.pop(name))(cut)
 
 
 def save_accessory(

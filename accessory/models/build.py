@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from accessory import config as configuration
 from accessory.backbone.gguf import cached_gguf, gguf_at
 from accessory.backbone.llama import Llama, LlamaConfig
-from accessory.backbone.store import atomic_folder, narrowed, read_file
+from accessory.backbone.store import atomic_folder, file_entries, narrowed, read_file
 from accessory.backbone.weights import load_backbone
 from accessory.data import assets, template, tokenizer
 from accessory.data.encode import Encoder
@@ -29,6 +29,7 @@ from accessory.data.tokenizer import Tokenizer
 from accessory.models.encoder_store import file_digest, read_encoder
 from accessory.models.mllm import MLLM
 from accessory.models.stacked import stack
+from accessory.nn import unread
 from accessory.peft.attach import TuningSpec, attach, attached, load_trainable, merge, trainable_state
 from accessory.peft.quantize import Quantization, found, quantize
 from accessory.peft.tuning import promote
@@ -217,16 +218,19 @@ class Model:
         return self.encoder.template
 
 
-def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False) -> Model:
+def build(config: ModelConfig, *, cache: Path | None = None, train: bool = False, later: bool = False) -> Model:
     """Build and load everything that ``config`` names; ``train`` makes what ``tuning`` names trainable, in fp32.
+
+    ``later``: the backbone's weights stay unread where they can, for
+    :func:`accessory.parallel.shard.parallelize` to read a rank's part of each.
 
     Raises:
         ValueError: for sizes that do not fit together; AssetError when an asset has not been fetched.
     """
     if config.base is not None:
         folder = base_folder(config.base)
-        return stack(load(folder, cache=cache), config, file_digest(folder / WEIGHTS_FILE), train)
-    backbone, words = _backbone(config.backbone, cache, config.quantization)
+        return stack(load(folder, cache=cache, later=later), config, file_digest(folder / WEIGHTS_FILE), train)
+    backbone, words = _backbone(config.backbone, cache, config.quantization, later)
     tower = None if config.tower is None else build_tower(config.tower, cache)
     net = join(config, backbone, tower)
     net.requires_grad_(False) if not train else promote(net)
@@ -281,7 +285,9 @@ def _asset(reference: str, cache: Path | None) -> Path:
     return find(reference)
 
 
-def _backbone(config: BackboneConfig, cache: Path | None, quantization: Quantization | None) -> tuple[Llama, Tokenizer]:
+def _backbone(
+    config: BackboneConfig, cache: Path | None, quantization: Quantization | None, later: bool
+) -> tuple[Llama, Tokenizer]:
     dtype = DTYPES[config.dtype]
     if config.source is None:
         if config.llama is None or config.tokenizer is None:
@@ -294,7 +300,7 @@ def _backbone(config: BackboneConfig, cache: Path | None, quantization: Quantiza
     words = tokenizer.load(_asset(config.tokenizer, cache) if config.tokenizer else gguf or path)
     if gguf is not None:
         path = cached_gguf(gguf, (cache or assets.default_cache()) / "prepared")
-    return load_backbone(path, dtype=dtype, quantization=quantization), words
+    return load_backbone(path, dtype=dtype, quantization=quantization, later=later), words
 
 
 def build_tower(config: TowerSource, cache: Path | None = None) -> Tower:
@@ -357,8 +363,8 @@ def save(model: Model, folder: Path, *, dtype: Literal["fp32", "fp16", "bf16"] =
         write_config(private, model.config)
 
 
-def load(folder: Path, *, cache: Path | None = None, train: bool = False) -> Model:
-    """The model of a folder written by :func:`save`.
+def load(folder: Path, *, cache: Path | None = None, train: bool = False, later: bool = False) -> Model:
+    """The model of a folder written by :func:`save`; ``later`` as in :func:`build`.
 
     Raises:
         ValueError: when the folder is not a model folder, or its weights do not fit its configuration.
@@ -373,10 +379,9 @@ def load(folder: Path, *, cache: Path | None = None, train: bool = False) -> Mod
     # Not configuration.load: there ``base`` at the top would be the name of another file.
     tree = configuration.parse(path.read_text(encoding="utf-8"), str(path))
     with beside(folder):
-        model = build(configuration.build(tree, ModelConfig, str(path)), cache=cache, train=True)
-    state = read_file(folder / WEIGHTS_FILE)
-    wanted = trainable_state(model.net)
-    load_trainable(model.net, {k: v.to(wanted[k].dtype) if k in wanted else v for k, v in state.items()})
+        model = build(configuration.build(tree, ModelConfig, str(path)), cache=cache, train=True, later=later)
+    load_trainable(model.net, read_file(folder / WEIGHTS_FILE))
+    unread.point(model.net, {name: entry.read for name, entry in file_entries(folder / WEIGHTS_FILE).items()})
     if not train:
         model.net.requires_grad_(False).eval()
     return model

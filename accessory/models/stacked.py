@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from accessory.data import template
+from accessory.nn import unread
 from accessory.peft.attach import LoraSpec, PrefixSpec, ScaleSpec, TuningSpec, attach, attached, merge
 from accessory.peft.quantize import found, quantize
 from accessory.peft.tuning import promote
@@ -74,9 +75,14 @@ def stack(base: Model, config: ModelConfig, digest: str, train: bool) -> Model:
             f"{digest}, base_sha256 is {config.base_sha256}"
         )
     resolved = replace(over(config, base.config), base_sha256=digest)
-    if folds(config.base, attached(base.net), config.tuning):
+    folded = folds(config.base, attached(base.net), config.tuning)
+    quantised = config.quantization is not None and found(base.net) != config.quantization
+    if folded or quantised:
+        unread.read(base.net)  # both need whole weights
+        unread.make(base.net)
+    if folded:
         merge(base.net)
-    if config.quantization is not None and found(base.net) != config.quantization:
+    if config.quantization is not None and quantised:
         quantize(base.net, config.quantization)
     attach(base.net, config.tuning, dtype=torch.float32)
     base.net.requires_grad_(False) if not train else promote(base.net)

@@ -1,12 +1,13 @@
 """Spreading a built model over the ranks: linears are cut over tensor groups, blocks over data ranks.
 
-The model is built, loaded and tuned as on one process, then cut, so a rank's part is the part of what one process would
-have by construction; a rank therefore holds the whole model in main memory until here, and never on its device.
+The model is built and tuned as on one process, then cut, so a rank's part is the part of what one process would have by
+construction. What is unread by then (:mod:`accessory.nn.unread`) is read here, a rank's part of one tensor after the
+other, and over data ranks block by block: no rank ever holds the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from accessory.nn import unread
 from accessory.nn.attention import Attention
 from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear, stated
@@ -50,12 +52,15 @@ def parallelize(
             words or a width, naming all of them; when the ranks built different models; nothing is changed then.
     """
     layout = planned(model, plan, blocks, groups.world_size() // plan.tensor)
+    axes = {n: place.axis for n, place in layout.places.items() if place.axis is not None}
     if plan.tensor > 1:
         _cut(model, plan.tensor)
-    model.to(device)
     if plan.data == "fsdp" and groups.data_size() > 1:
-        _shard(model, _spread(model, blocks), torch.device(device).type)
-    return layout
+        _shard(model, _spread(model, blocks), torch.device(device), axes)
+    else:
+        _fetch(model, model, axes, device)
+    there = {n for n, _ in model.named_parameters()}
+    return Layout(plan, {n: place for n, place in layout.places.items() if n in there})
 
 
 def planned(model: nn.Module, plan: ParallelConfig, blocks: Sequence[nn.Module], copies: int) -> Layout:
@@ -74,6 +79,15 @@ def planned(model: nn.Module, plan: ParallelConfig, blocks: Sequence[nn.Module],
                 rows[name] = len(p) // (plan.tensor if axes.get(name) == 0 else 1)
     places = {n: Place(axes.get(n), rows.get(n)) for n in dict.fromkeys((*axes, *rows))}
     return Layout(plan, places)
+
+
+def _fetch(model: nn.Module, part: nn.Module, axes: Mapping[str, int], device: torch.device | str) -> None:
+    """Read what is unread in a part of ``model`` and move the part to ``device``."""
+    inside = set(part.parameters())
+    names = [n for n, p in model.named_parameters() if p in inside and p.is_meta]
+    unread.read(model, names, axes, groups.tensor_rank(), groups.tensor_size())
+    unread.make(part)
+    part.to(device)
 
 
 # --- over tensor groups ----------------------------------------------------------------------------------------------
@@ -161,6 +175,11 @@ def _problems(backbone: Any, width: int) -> Iterator[str]:
             counts += [("n_heads", heads[0]), ("n_kv_heads", heads[1])]
         elif isinstance(module, FeedForward):
             counts.append(("the feed-forward width", stated(module.w1).shape[0]))
+        elif isinstance(module, Linear) and (leaf := path.rpartition(".")[2]) in (*COLUMN, *ROW):
+            inputs, group = stated(module).shape[1], getattr(module.kernel, "group", 1)
+            # Weights that share a scale stay together.
+            if group > 1 and inputs % (group * (width if leaf in ROW else 1)):
+                yield f"the {inputs} inputs of {leaf} into whole groups of {group}"
     words, dim = backbone.tok_embeddings.weight.shape
     counts += [("dim", dim)] if backbone.output is None else [("dim", dim), ("vocab_size", words)]
     yield from (f"{what} {count}" for what, count in counts if count % width)
@@ -168,8 +187,8 @@ def _problems(backbone: Any, width: int) -> Iterator[str]:
 
 def _same_everywhere(model: nn.Module) -> None:
     """ValueError unless all ranks have built one model: parts of two would be joined to none."""
-    first = [p.detach().flatten()[:64].double().sum() for p in model.parameters()]
-    sums = torch.stack([s.cpu() for s in first]).tolist()
+    first = [p.detach().flatten()[:64].double().sum() for p in model.parameters() if not p.is_meta]
+    sums = torch.stack([s.cpu() for s in first]).tolist() if first else []
     if any(other != sums for other in groups.gather_objects(sums)):
         raise ValueError("the ranks have built different models; seed them alike before their parameters are drawn")
 
@@ -188,12 +207,14 @@ def _spread(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     return [*blocks, *(e for e in ends if isinstance(e, nn.Module))]
 
 
-def _shard(model: nn.Module, parts: Sequence[nn.Module], device: str) -> None:
-    """Cut ``parts`` over the data ranks."""
-    group = groups.group("data")
-    mesh = init_device_mesh(device, (dist.get_world_size(),)) if group is None else DeviceMesh.from_group(group, device)
+def _shard(model: nn.Module, parts: Sequence[nn.Module], device: torch.device, axes: Mapping[str, int]) -> None:
+    """Cut ``parts`` over the data ranks, each as it is read."""
+    group, kind = groups.group("data"), device.type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),)) if group is None else DeviceMesh.from_group(group, kind)
     for part in parts:
+        _fetch(model, part, axes, device)
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    _fetch(model, model, axes, device)
     # The root holds none itself; it tells the parts of each other, so that one is fetched while another computes.
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
     for module in model.modules():

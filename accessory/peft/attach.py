@@ -16,7 +16,7 @@ from accessory.nn.block import Block
 from accessory.nn.linear import Linear, stated
 from accessory.peft import lora
 from accessory.peft.prefix import Gate, ZeroInitPrefix
-from accessory.peft.tuning import add_bias, add_scale, added_dtype, train_matching, train_norms
+from accessory.peft.tuning import add_bias, add_scale, added_dtype, beside, train_matching, train_norms
 
 # Attribute that tells a bias added here, which detach removes, from a bias of the architecture.
 ADDED = "bias_added"
@@ -197,7 +197,7 @@ def _apply(model: nn.Module, backbone: nn.Module, spec: TuningSpec, dtype: torch
             if isinstance(spec, LoraSpec):
                 out_features, in_features = stated(linear).shape  # this rank's share under tensor parallelism
                 delta = lora.LowRank(in_features, out_features, spec.rank, spec.alpha, spec.dropout)
-                linear.delta = delta.to(stated(linear).device, added_dtype(linear, dtype)).train(linear.training)
+                linear.delta = delta.to(beside(linear), added_dtype(linear, dtype)).train(linear.training)
             elif isinstance(spec, ScaleSpec):
                 add_scale(linear, dtype)
             elif add_bias(linear, dtype):
@@ -223,7 +223,7 @@ def _add_prefixes(backbone: nn.Module, spec: PrefixSpec, dtype: torch.dtype | No
             width // attention.head_dim, attention.head_dim, dim, length, spec.gate, spec.new_gate, spec.init_std, sees
         )
         prefix.plain = spec.plain
-        attention.prefix = prefix.to(stated(attention.wq).device, added_dtype(attention.wq, dtype))
+        attention.prefix = prefix.to(beside(attention.wq), added_dtype(attention.wq, dtype))
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -18,13 +18,19 @@ def added_dtype(linear: Linear, dtype: torch.dtype | None) -> torch.dtype:
     return found if found.is_floating_point else torch.float32
 
 
+def beside(linear: Linear) -> torch.device | None:
+    """Where what is added to ``linear`` lies: on its device, or on the default one while its weight is on meta."""
+    device = stated(linear).device
+    return None if device.type == "meta" else device
+
+
 def add_bias(linear: Linear, dtype: torch.dtype | None = None) -> bool:
     """Make the bias trainable, adding a zero one where the layer has none. Returns whether it was added."""
     if linear.bias is not None:
         linear.bias.requires_grad_(True)
         return False
     w = stated(linear)
-    linear.bias = nn.Parameter(torch.zeros(w.shape[0], dtype=added_dtype(linear, dtype), device=w.device))
+    linear.bias = nn.Parameter(torch.zeros(w.shape[0], dtype=added_dtype(linear, dtype), device=beside(linear)))
     return True
 
 
@@ -37,7 +43,7 @@ def add_scale(linear: Linear, dtype: torch.dtype | None = None) -> None:
     if linear.scale is not None:
         raise ValueError("the layer already has a scale")
     w = stated(linear)
-    linear.scale = nn.Parameter(torch.ones(w.shape[0], dtype=added_dtype(linear, dtype), device=w.device))
+    linear.scale = nn.Parameter(torch.ones(w.shape[0], dtype=added_dtype(linear, dtype), device=beside(linear)))
 
 
 def train_norms(module: nn.Module) -> int:

@@ -95,8 +95,9 @@ class TrainConfig:
     torch's choice; ``precision`` bf16 computes in bf16 on a GPU, and on a CPU only with ``cpu_autocast``: it pays where
     most weights train, and costs where frozen fp32 weights are converted at every step. ``optimizer`` muon updates
     hidden matrices by :class:`torch.optim.Muon` (same learning rates, as its updates are scaled to AdamW's size) and
-    all others by AdamW. ``loss_chunk``: at most so many learned positions have their scores over the vocabulary in
-    memory at a time; null: all of a micro-batch. ``log_every`` and ``checkpoint_every`` count updates.
+    all others by AdamW; adamw8bit keeps AdamW's moments in a byte each. ``loss_chunk``: at most so many learned
+    positions have their scores over the vocabulary in memory at a time; null: all of a micro-batch. ``log_every`` and
+    ``checkpoint_every`` count updates.
     """
 
     output_dir: str
@@ -113,7 +114,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
     cpu_autocast: bool = False
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: int = 500
     keep_last: int = 2
     log_every: int = 10

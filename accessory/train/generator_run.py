@@ -21,7 +21,8 @@ from accessory.models import build
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.generator import Generator, GeneratorConfig, build_generator, saved_state
 from accessory.parallel import groups
-from accessory.parallel.layout import ParallelConfig
+from accessory.parallel.layout import Layout, ParallelConfig
+from accessory.parallel.shard import parallelize
 from accessory.schema import Encoded
 from accessory.train import checkpoint, rng
 from accessory.train.config import TrainConfig
@@ -64,8 +65,6 @@ class GeneratorRunConfig:
         given = [name for name, value in of_dialogues.items() if value is not None]
         if given and self.objective.loss is None:
             raise ValueError(f"{given[0]} is for dialogues (objective.loss); prompts and pictures have no positions")
-        if self.train.parallel != ParallelConfig():
-            raise ValueError(f"train.parallel {self.train.parallel}: a generator lies whole on every rank so far")
 
 
 def run(
@@ -84,8 +83,9 @@ def run(
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
     if config.init is not None and checkpoint.resolve(resume, config.train.output_dir) is None:
         warm_start(generator, build.base_folder(config.init))
+    layout = _spread(generator, config, device)
     source = open_rows(config, generator, row_encoder(config, generator), folder, cache)
-    describe(generator, source)
+    describe(generator, source, layout)
     if dry_run:
         resolved = configuration.dump(replace(asked, generator=generator.config))
         plan(generator, source, config.train, resolved, _asked)
@@ -100,6 +100,7 @@ def run(
         export=lambda _: saved_state(generator),
         resolved=resolved,
         texts=export_texts(generator.config, resolved, config.data, folder),
+        layout=layout,
     )
     try:
         with reported(source):
@@ -107,6 +108,26 @@ def run(
     finally:
         if isinstance(features, CachedFeatures):
             features.close()
+
+
+def _spread(generator: Generator, config: GeneratorRunConfig, device: torch.device | str) -> Layout:
+    """Cut the blocks of the denoiser over the ranks; conditioner and codec stay whole on each.
+
+    Raises:
+        ValueError: for tensor parallelism, and for dialogues: a rank whose rows ask for no picture would leave the
+            others waiting for its blocks.
+    """
+    spread = config.train.parallel
+    if spread == ParallelConfig():
+        return Layout()
+    if spread.tensor > 1 or config.objective.loss is not None:
+        raise ValueError(
+            f"train.parallel {spread}: of a generator, data: fsdp cuts the denoiser's blocks where every row asks for "
+            "a picture (objective.loss null); all else lies whole on every rank"
+        )
+    blocks = list(getattr(generator.denoiser, "layers", ()))
+    found = parallelize(generator.denoiser, spread, blocks, device)
+    return Layout(spread, {f"denoiser.{name}": place for name, place in found.places.items()})
 
 
 main_config = partial(started, run, GeneratorRunConfig)

@@ -17,6 +17,7 @@ from accessory.data.template import TEMPLATES
 from accessory.data.tokenizer import Tokenizer
 from accessory.models.align import Aligner
 from accessory.models.mllm import MLLM
+from accessory.nn import unread
 from accessory.nn.moe import MoEConfig, router_loss, routings
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
@@ -113,9 +114,10 @@ class DialogueObjective:
         if self.config.align is None:
             return
         names = [self.tokenizer.encode(c.label, glued=True) for c in concepts(self.cache)]
-        table = net.backbone.tok_embeddings.weight
         if net.tower is None:
             raise ValueError("objective.align needs a model with a tower")
+        unread.read(net.backbone, ("tok_embeddings.weight",))
+        table = net.backbone.tok_embeddings.weight
         width, free = net.tower.groups[0].width, self.config.align.free_head
         words = None if net.projector is None else net.projector.words
         if self.config.align.swap and words is None:

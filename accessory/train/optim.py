@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from accessory.parallel import groups
 from accessory.parallel.layout import Layout, local
+from accessory.train.adamw8bit import AdamW8bit
 from accessory.train.config import TrainConfig
 
 # Parts of a dotted name that mark a parameter as a vector or a gate in spirit, whatever its shape.
@@ -65,7 +66,8 @@ _IN_BLOCK = re.compile(r"(^|\.)(layers|blocks)\.\d+\.")
 
 
 class Optimizer:
-    """AdamW over the trainable parameters of a model, by name; with ``optimizer: muon``, Muon for hidden matrices.
+    """AdamW over the trainable parameters of a model, by name; with ``optimizer: muon``, Muon for hidden matrices, with
+    ``adamw8bit``, moments of a byte each.
 
     A trainable parameter that is not fp32 gets an fp32 master, which collects the gradients of a window and is what
     is updated; the parameter itself is its rounded copy. fp32 parameters are their own masters.
@@ -93,7 +95,9 @@ class Optimizer:
                     params = [self.masters[n] for n in chosen]
                     target.append({"params": params, "lr_scale": scale, "weight_decay": decay})
         self.steppers: list[torch.optim.Optimizer] = []
-        if adamw:
+        if config.optimizer == "adamw8bit":
+            self.steppers.append(AdamW8bit(adamw, config.lr, config.betas, config.eps))
+        elif adamw:
             self.steppers.append(torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
         if muon:
             # Updates are scaled to the size of AdamW's, so that one learning rate serves both.
@@ -168,12 +172,13 @@ class Optimizer:
                 own.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments as flat tensors named ``<moment>/<parameter>``."""
+        """Moments named ``<moment>/<parameter>``, in fp32: those of a byte each lose nothing on the way."""
         owner = self._owner()
         out: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            for key, value in owner[name].state[master].items():
-                out[f"{key}/{name}"] = value
+            stepper = owner[name]
+            moments = stepper.moments(master) if isinstance(stepper, AdamW8bit) else stepper.state[master]
+            out |= {f"{key}/{name}": value for key, value in moments.items()}
         return out
 
     def _owner(self) -> dict[str, torch.optim.Optimizer]:
@@ -196,7 +201,11 @@ class Optimizer:
             for moment, value in moments[name].items():
                 if moment != "step" and value.shape != master.shape:
                     raise ValueError(f"{moment} of {name} has shape {list(value.shape)}, not {list(master.shape)}")
-            owner[name].state[master] = {m: _beside(master, v) for m, v in moments[name].items()}
+            own, stepper = {m: _beside(master, v) for m, v in moments[name].items()}, owner[name]
+            if isinstance(stepper, AdamW8bit):
+                stepper.take(master, own)
+            else:
+                stepper.state[master] = own
 
 
 def _beside(master: Tensor, value: Tensor) -> Tensor:

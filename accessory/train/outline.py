@@ -26,8 +26,8 @@ from accessory.train.config import TrainConfig
 from accessory.train.optim import Optimizer
 from accessory.train.run import RunConfig, grouped, sources_file, trained_parts
 
-# Bytes of a number that trains: itself, its gradient and two moments, all in fp32.
-TRAINED = 16
+# Bytes of a number that trains: itself, its gradient and two moments, in fp32 but for moments of a byte each.
+TRAINED = {"adamw8bit": 10}
 # The pictures that a model is asked about: a square and one of twice the width, both larger than any canvas.
 SHAPES = {"square": (4096, 4096), "2:1": (4096, 2048)}
 
@@ -76,7 +76,7 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
         parts,
         seen,
         limit,
-        frozen + TRAINED * sum(trained for _, trained in parts.values()),
+        frozen + TRAINED.get(config.train.optimizer, 16) * sum(trained for _, trained in parts.values()),
         tuple(source for _, source in found),
         tuple(problem for problem in gone if problem is not None),
         config.train,

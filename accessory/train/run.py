@@ -15,7 +15,7 @@ from torch import nn
 
 from accessory import config as configuration
 from accessory import log
-from accessory.backbone.store import read_file
+from accessory.backbone.store import file_entries, read_file
 from accessory.data.audit import render_row
 from accessory.data.loader import Loader, RowEncoder
 from accessory.data.mixture import Ledger, Mixture
@@ -25,8 +25,9 @@ from accessory.data.sources import load_sources
 from accessory.models import build
 from accessory.models.align import Aligner, match_scale
 from accessory.models.build import Model, ModelConfig
+from accessory.nn import unread
 from accessory.parallel import groups
-from accessory.parallel.layout import Layout
+from accessory.parallel.layout import Layout, ParallelConfig
 from accessory.parallel.shard import parallelize
 from accessory.peft.attach import trainable_state
 from accessory.schema import Batch, Encoded
@@ -104,7 +105,8 @@ def run(
     ranks = groups.world_size() // config.train.parallel.tensor
     asked, config = config, replace(config, train=config.train.on(ranks))
     cache = Path(config.cache).expanduser() if config.cache else None
-    model, objective = assemble(config, cache)
+    spread = not dry_run and config.train.parallel != ParallelConfig()
+    model, objective = assemble(config, cache, later=spread)
     minimised = grouped(config, objective, model.net)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
     fresh = checkpoint.resolve(resume, config.train.output_dir) is None
@@ -141,10 +143,11 @@ main_config = partial(started, run, RunConfig)
 """``main_config(path, overrides, resume, dry_run=False)``: see :func:`started`."""
 
 
-def assemble(config: RunConfig, cache: Path | None) -> tuple[Model, DialogueObjective]:
-    """The model as a run begins with it, but for ``init``, and what it is trained on."""
+def assemble(config: RunConfig, cache: Path | None, *, later: bool = False) -> tuple[Model, DialogueObjective]:
+    """The model as a run begins with it, but for ``init``, and what it is trained on; ``later``: as :func:`build.build`
+    has it."""
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
-    model = build.build(config.model, cache=cache, train=True)
+    model = build.build(config.model, cache=cache, train=True, later=later)
     objective = DialogueObjective(config.objective, model.tokenizer, cache, config.train.loss_chunk)
     objective.prepare(model.net)
     return model, objective
@@ -195,7 +198,9 @@ def warm_start(net: nn.Module, folder: Path) -> None:
             f"init {folder} holds {len(lost)} tensors that this run neither trains nor exports: "
             f"{', '.join(lost[:10])}; to stand on a model as it is, name it as model.base"
         )
-    net.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in state.items()}})
+    there = {k: v for k, v in state.items() if not own[k].is_meta}
+    net.load_state_dict({**own, **{k: v.to(own[k].dtype) for k, v in there.items()}})
+    unread.point(net, {name: entry.read for name, entry in file_entries(folder / build.WEIGHTS_FILE).items()})
 
 
 def _match_scale(model: Model, source: Loader) -> None:

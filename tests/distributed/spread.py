@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[TuningSpec, ...]] = {
     "prefix": (PrefixSpec(length=3, new_gate=True), BiasSpec(), NormSpec(), VISION),
     "moe": (TrainSpec(("backbone.*", "projector.*")),),
     "qlora": (LoraSpec(rank=3, alpha=6.0), VISION),
+    "nf4": (LoraSpec(rank=3, alpha=6.0), VISION),
 }
 LENGTH, ROWS, TILE_TOKENS = 16, 2, 4
 PICTURES = (0, 1, 3)
@@ -46,9 +47,10 @@ def made(folder: Path, method: str = "full", specs: Sequence[TuningSpec] | None 
     backbone = tiny_config(tiny_tokenizer(folder / "tokenizer")).backbone
     assert backbone.llama is not None
     moe = MoEConfig(experts=4, top=1, balance=0.01) if method == "moe" else None
-    sizes = replace(backbone.llama, **{"moe": moe, "ffn_dim": 48, **llama})
+    wide = {"dim": 128, "ffn_dim": 128} if method == "nf4" else {"ffn_dim": 48}  # blocks of 64 weights on two ranks
+    sizes = replace(backbone.llama, **{"moe": moe, **wide, **llama})
     tuning = METHODS[method] if specs is None else tuple(specs)
-    few = Quantization("int8") if method == "qlora" else None
+    few = Quantization("nf4" if method == "nf4" else "int8") if method in ("qlora", "nf4") else None
     model = tiny_model(folder, train=True, tuning=tuning, quantization=few, backbone=replace(backbone, llama=sizes))
     disturb(model.net, std=0.05)
     return model
@@ -100,8 +102,8 @@ def config(folder: Path, steps: int, plan: ParallelConfig | None = None, **optio
     """Of a run that sees two micro-batches of each update on one data rank."""
     return TrainConfig(
         output_dir=str(folder), max_steps=steps, lr=0.01, weight_decay=0.1, clip_norm=0.5, log_every=1,
-        precision="fp32", tensorboard=False, eps=1e-6, parallel=plan or ParallelConfig(),
-        **{"accumulation": 2, **options},
+        tensorboard=False, eps=1e-6, parallel=plan or ParallelConfig(),
+        **{"accumulation": 2, "precision": "fp32", **options},
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from tests.tiny import tiny_model_dir
 
 PAGES = ("README.md", "CONTRIBUTING.md")
 NANO = "weights/nano-sphinx"
-EXPECTED = 35  # commands in both pages: change it together with them
+EXPECTED = 36  # commands in both pages: change it together with them
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Too long for a suite, or the suite itself: the script must exist, parse, and know its options.
 HEAVY = (
@@ -35,6 +35,7 @@ HEAVY = (
     "bash exps/setup.sh", "bash tests/run.sh", "bash .ci/run", "python -m accessory generate",
     "python -m accessory chat --model nano-sphinx --generator",
     "python demos/chat.py", "python -m accessory evaluate", "python -m accessory convert", "python -m accessory plan",
+    "python -m tests.distributed.curves",
 )  # fmt: skip
 REAL = (
     "python -m accessory train", "python -m accessory doctor", "python -m accessory chat --model weights/",

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from accessory.data.collate import collate
+from accessory.data.deal import Deal, remaining
 from accessory.data.mixture import Ledger, Mixture, check_fingerprint
 from accessory.data.rows import RowRejected
 from accessory.schema import Batch, Encoded, Prompt, Sample, Target
@@ -149,12 +150,13 @@ class Loader:
         self.rank = rank
         self.world = world
         self.ledger = ledger or Ledger()
-        self._state: dict[str, Any] = {"step": 0, "given": 0, "ledger": self.ledger.state_dict()}
+        self._deal = Deal()
+        self._state: dict[str, Any] = {"step": 0, "given": 0, "taken": [], "ledger": self.ledger.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the caller stands: the rank's draw at which its window begins, and how many batches of it it has."""
         return {
-            **self._state, "fingerprint": self.mixture.fingerprint(),
+            **self._state, "fingerprint": self.mixture.fingerprint(), "deal": [list(self._deal.left), self._deal.start],
             "batch_size": self.batch_size, "window": self.window, "world": self.world,
         }  # fmt: skip
 
@@ -164,23 +166,44 @@ class Loader:
         for key in ("batch_size", "window", "world"):
             if state[key] != getattr(self, key):
                 raise ValueError(f"an exact resume needs the same {key}: {state[key]} then, {getattr(self, key)} now")
-        self._state = {k: state[k] for k in ("step", "given", "ledger")}
+        left, start = state.get("deal", ([], 0))
+        self._deal = Deal(tuple(left), start)
+        self._state = {"taken": [], **{k: state[k] for k in self._state if k in state}}
+
+    def dealt_anew(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A state for this rank of those that all ranks, of another number, had: nobody read what it begins with.
+
+        Raises:
+            ValueError: for states of a version that did not say which rows they had handed out of a window.
+        """
+        if bad := [s for s in states if s["given"] and not s.get("taken")]:
+            raise ValueError(f"a checkpoint of {len(states)} ranks does not say what {bad[0]['given']} batches held")
+        states = [{"taken": [], **state} for state in states]
+        left, start = states[0].get("deal", ([], 0))
+        deal = remaining(Deal(tuple(left), start), states)
+        book = {"seen": 0, "bad": 0}
+        if self.rank == 0:  # which keeps the book of what was before
+            book = {name: sum(state["ledger"][name] for state in states) for name in book}
+            book["seen"] += sum(len(state["taken"]) for state in states)
+        place = {"step": 0, "given": 0, "taken": [], "ledger": book, "deal": [list(deal.left), deal.start]}
+        return {**states[0], **place, "world": self.world}
 
     def __iter__(self) -> Iterator[Batch]:
         step, skip = self._state["step"], self._state["given"]
         self.ledger.load_state_dict(self._state["ledger"])
         stream = self._encoded(step)
         while True:
-            book = self.ledger.state_dict()
+            book, taken = self.ledger.state_dict(), []
             batches, following = self._window(stream, step)
             for i, rows in enumerate(batches):
+                taken = [*taken, *(row.draw for row in rows)]
                 if i < skip:
                     continue
                 done = i + 1 == len(batches)
                 self._state = (
-                    {"step": following, "given": 0, "ledger": self.ledger.state_dict()}
+                    {"step": following, "given": 0, "taken": [], "ledger": self.ledger.state_dict()}
                     if done
-                    else {"step": step, "given": i + 1, "ledger": book}
+                    else {"step": step, "given": i + 1, "taken": taken, "ledger": book}
                 )
                 yield collate(rows, self.encoder.pad_id)
             step, skip = following, 0
@@ -189,7 +212,7 @@ class Loader:
         loader: DataLoader[_Packed] = DataLoader(
             _Draws(self.mixture, self.encoder),
             batch_size=None,
-            sampler=_Chunks(start, self.rank, self.world),
+            sampler=_Chunks(self._deal, start, self.rank, self.world),
             num_workers=self.num_workers,
             collate_fn=_same,
             worker_init_fn=_outlive_signals,
@@ -222,11 +245,11 @@ class Loader:
 class _Chunks:
     """Endless chunks of one rank's draws."""
 
-    def __init__(self, start: int, rank: int, world: int) -> None:
-        self._start, self._rank, self._world = start, rank, world
+    def __init__(self, deal: Deal, start: int, rank: int, world: int) -> None:
+        self._deal, self._start, self._rank, self._world = deal, start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self._start
         while True:
-            yield [i * self._world + self._rank for i in range(step, step + _CHUNK)]
+            yield [self._deal[i * self._world + self._rank] for i in range(step, step + _CHUNK)]
             step += _CHUNK

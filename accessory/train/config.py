@@ -95,7 +95,9 @@ class TrainConfig:
     torch's choice; ``precision`` bf16 computes in bf16 on a GPU, and on a CPU only with ``cpu_autocast``: it pays where
     most weights train, and costs where frozen fp32 weights are converted at every step. ``optimizer`` muon updates
     hidden matrices by :class:`torch.optim.Muon` (same learning rates, as its updates are scaled to AdamW's size) and
-    all others by AdamW. ``log_every`` and ``checkpoint_every`` count updates.
+    all others by AdamW. ``log_every`` and ``checkpoint_every`` count updates; of checkpoints the newest ``keep_last``
+    stay. ``save_beside`` copies what a rank saves in main memory and writes it while training goes on; without it
+    nothing is copied and training waits.
     """
 
     output_dir: str
@@ -115,6 +117,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     checkpoint_every: int = 500
     keep_last: int = 2
+    save_beside: bool = True
     log_every: int = 10
     seed: int = 0
     compile: bool = False

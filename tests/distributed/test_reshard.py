@@ -15,13 +15,13 @@ from accessory import config as configuration
 from accessory.models import build
 from accessory.parallel.layout import Layout, ParallelConfig, Place
 from accessory.peft.attach import LoraSpec, load_trainable, trainable_state
+from accessory.train import checkpoint
 from accessory.train.config import EmaConfig, TrainConfig
 from accessory.train.run import RunConfig, run
 from tests.distributed.helpers import run_ranks
 from tests.distributed.spread import EVERYTHING, Mixed, apart, column, config, made, trained
 from tests.unit.train.squares import write_squares
 
-FILES = ("trainable", "optimizer", "average")
 SPECS = (LoraSpec(rank=3, alpha=6.0), *EVERYTHING[1:])  # data ranks drop other things
 
 
@@ -52,7 +52,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 def folder(path: Path, step: int) -> dict[str, Any]:
     """All tensors of a checkpoint."""
-    return {f"{f}:{n}": t for f in FILES for n, t in load_file(path / f"step-{step:06d}" / f"{f}.safetensors").items()}
+    found = checkpoint.load(path / f"step-{step:06d}")
+    return {f"{f}:{n}": t for f in checkpoint.KINDS for n, t in getattr(found, f).items()}
 
 
 def test_two_ranks_then_one_then_two(straight: tuple[Path, list[dict[str, float]]], tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ from accessory.parallel.layout import Layout
 from accessory.schema import Batch
 from accessory.train import blocks as block_tools
 from accessory.train import checkpoint, rng
-from accessory.train.config import TrainConfig, check_resumed
+from accessory.train.config import TrainConfig
+from accessory.train.consolidate import FINAL
 from accessory.train.ema import Average
 from accessory.train.metrics import Clock, Metrics, Window, source_names
 from accessory.train.optim import Optimizer, check_names, learning_rate, trained_buffers
 from accessory.train.parts import PartNorms, PartObjective, RestingObjective
-from accessory.train.saving import Saver, restore
+from accessory.train.saving import Saver, compare, restore
 from accessory.train.signals import Interrupts
 
 if TYPE_CHECKING:  # the loop takes any objective; importing ours would import the models
@@ -328,6 +329,8 @@ class Trainer:
         state: dict[str, Any] = {}
         if self.metrics is not None:
             state = {
+                "export": {n: str(t.dtype).removeprefix("torch.") for n, t in self._exported().items()},
+                "averaged": self.average is not None and self.average.config.export,
                 "step": self.step,
                 "elapsed": self.clock.elapsed,
                 "history": self.metrics.position,
@@ -335,13 +338,17 @@ class Trainer:
                 "ranks": ranks,
             }
         average = {} if self.average is None else self.average.values
-        content = checkpoint.Checkpoint(self.trainable(), self.optimizer.state(), state, self._texts(), average)
+        texts = {**self._texts(), **{f"{FINAL}{name}": text for name, text in self.hooks.texts.items()}}
+        content = checkpoint.Checkpoint(self.trainable(), self.optimizer.state(), state, texts, average)
         self.saver.save(self.step, content)
         self.saved = target
         return target
 
     def _texts(self) -> dict[str, str]:
         return {"config.yaml": self.hooks.resolved or configs.dump(self.config), "versions.json": self.versions}
+
+    def _exported(self) -> Mapping[str, Tensor]:
+        return self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
 
     def _export(self) -> Path:
         """``final/``: the trainable part alone, averaged where that is wanted, with its configuration."""
@@ -350,7 +357,7 @@ class Trainer:
         if self.average is not None and self.average.config.export:
             swap = self.average.applied(self.optimizer.publish)
         with checkpoint.together(), swap:
-            state = self.layout.whole(self.trainable() if self.hooks.export is None else self.hooks.export(self.model))
+            state = self.layout.whole(self._exported())
             if self.metrics is not None:
                 texts = {**self._texts(), **self.hooks.texts}  # with the tensors, so that no half of it is ever seen
                 checkpoint.write_folder(target, {"trainable.safetensors": state}, texts)
@@ -358,7 +365,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> int:
         """Take everything from a checkpoint. Returns the length of metrics.jsonl at that time."""
-        self._compare(path)
+        compare(path, self.hooks.resolved)
         content = checkpoint.load(path, self.layout)
         own = self.trainable()
         check_names(content.trainable, own, f"{path}: what trains")
@@ -378,12 +385,3 @@ class Trainer:
         self.clock = Clock(before=content.state["elapsed"])
         self.window = Window(**content.state["window"])
         return int(content.state["history"])
-
-    def _compare(self, path: Path) -> None:
-        """Refuse a checkpoint of another model or other data; say what else is no longer as it was."""
-        kept = path / "config.yaml"
-        if not self.hooks.resolved or not kept.is_file():
-            return
-        before = configs.parse(kept.read_text(encoding="utf-8"), str(kept))
-        for line in check_resumed(before, configs.parse(self.hooks.resolved), str(path)):
-            LOG.info("changed since the checkpoint: %s", line)

@@ -14,11 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from accessory import config as configuration
 from accessory import log
 from accessory.parallel import groups
 from accessory.parallel.layout import Layout, local
 from accessory.train import checkpoint, rng
 from accessory.train.checkpoint import Checkpoint, CheckpointError
+from accessory.train.config import check_resumed
 
 LOG = log.get(__name__)
 _PATIENCE = 60.0  # seconds that a run which fails waits for a save that has begun
@@ -84,6 +86,17 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In main memory, where training does not change them."""
     own = {name: local(tensor.detach()) for name, tensor in tensors.items()}
     return {name: torch.empty(part.shape, dtype=part.dtype).copy_(part) for name, part in own.items()}
+
+
+def compare(path: Path, resolved: str) -> None:
+    """Refuse a checkpoint of another model or other data than the configuration ``resolved`` has; say what else is no
+    longer as it was."""
+    kept = path / "config.yaml"
+    if not resolved or not kept.is_file():
+        return
+    before = configuration.parse(kept.read_text(encoding="utf-8"), str(kept))
+    for line in check_resumed(before, configuration.parse(resolved), str(path)):
+        LOG.info("changed since the checkpoint: %s", line)
 
 
 class _Source(Protocol):

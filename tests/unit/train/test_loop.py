@@ -170,7 +170,8 @@ def test_checkpoint_contents_pruning_and_export(config: TrainConfig) -> None:
     root = Path(config.output_dir)
     assert [p.name for p in checkpoint.complete(root)] == ["step-000004", "step-000006"]
     assert {p.name for p in root.iterdir()} == {"step-000004", "step-000006", "final", "metrics.jsonl"}
-    names = {"state.json", "config.yaml", "versions.json", "COMPLETE", "shard-00001-model-00001-of-00001.safetensors"}
+    texts = {"config.yaml", "versions.json", "final-config.yaml", "final-run.yaml"}
+    names = {"state.json", *texts, "COMPLETE", "shard-00001-model-00001-of-00001.safetensors"}
     assert {p.name for p in result.checkpoint.iterdir()} == names
     assert (result.checkpoint / "config.yaml").read_text() == "train: {}\n"
     assert json.loads((result.checkpoint / "versions.json").read_text())["torch"]

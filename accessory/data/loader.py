@@ -150,13 +150,13 @@ class Loader:
         self.rank = rank
         self.world = world
         self.ledger = ledger or Ledger()
-        self._deal = Deal()
+        self._order = Deal()
         self._state: dict[str, Any] = {"step": 0, "given": 0, "taken": [], "ledger": self.ledger.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the caller stands: the rank's draw at which its window begins, and how many batches of it it has."""
         return {
-            **self._state, "fingerprint": self.mixture.fingerprint(), "deal": [list(self._deal.left), self._deal.start],
+            **self._state, "fingerprint": self.mixture.fingerprint(), "deal": [list(self._order.left), self._order.start],
             "batch_size": self.batch_size, "window": self.window, "world": self.world,
         }  # fmt: skip
 
@@ -167,7 +167,7 @@ class Loader:
             if state[key] != getattr(self, key):
                 raise ValueError(f"an exact resume needs the same {key}: {state[key]} then, {getattr(self, key)} now")
         left, start = state.get("deal", ([], 0))
-        self._deal = Deal(tuple(left), start)
+        self._order = Deal(tuple(left), start)
         self._state = {"taken": [], **{k: state[k] for k in self._state if k in state}}
 
     def dealt_anew(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class Loader:
         loader: DataLoader[_Packed] = DataLoader(
             _Draws(self.mixture, self.encoder),
             batch_size=None,
-            sampler=_Chunks(self._deal, start, self.rank, self.world),
+            sampler=_Chunks(self._order, start, self.rank, self.world),
             num_workers=self.num_workers,
             collate_fn=_same,
             worker_init_fn=_outlive_signals,
@@ -246,10 +246,10 @@ class _Chunks:
     """Endless chunks of one rank's draws."""
 
     def __init__(self, deal: Deal, start: int, rank: int, world: int) -> None:
-        self._deal, self._start, self._rank, self._world = deal, start, rank, world
+        self._order, self._start, self._rank, self._world = deal, start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self._start
         while True:
-            yield [self._deal[i * self._world + self._rank] for i in range(step, step + _CHUNK)]
+            yield [self._order[i * self._world + self._rank] for i in range(step, step + _CHUNK)]
             step += _CHUNK

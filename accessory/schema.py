@@ -121,6 +121,8 @@ class Batch:
 
     ``mask`` is True on real positions. N may be 0, and T for prompts with their pictures, which are ``targets``.
     ``counts`` (B): the tiles of each row, which its ids do not say where pictures take no position; None: only they do.
+    ``packed``: the language model reads the samples one behind the other in a single row, without their padding and
+    without one seeing another; whatever belongs to a sample (its labels, tiles, source, targets) is where it always is.
     """
 
     ids: Tensor
@@ -130,6 +132,7 @@ class Batch:
     sources: tuple[str, ...] = ()
     targets: Targets | None = None
     counts: Tensor | None = None
+    packed: bool = False
 
     @property
     def images(self) -> int:
@@ -146,4 +149,5 @@ class Batch:
             self.sources,
             None if self.targets is None else self.targets.to(device),
             None if self.counts is None else self.counts.to(device),
+            self.packed,
         )

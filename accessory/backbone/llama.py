@@ -15,6 +15,7 @@ from accessory.nn.moe import MoEConfig, MoEFeedForward
 from accessory.nn.norm import LayerNorm, Norm, RMSNorm
 from accessory.nn.packed import Packed
 from accessory.nn.quantized import QuantizedTable
+from accessory.nn.ragged import Ragged
 from accessory.nn.rope import RopeScaling, table
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Llama(nn.Module):
         x: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Ragged | None = None,
         cache: KVCache | None = None,
         tap: int | None = None,
         context: Tensor | None = None,
@@ -163,7 +164,7 @@ class Llama(nn.Module):
         x: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Ragged | None = None,
         cache: KVCache | None = None,
         tap: tuple[int, ...],
         context: Tensor | None = None,
@@ -174,7 +175,7 @@ class Llama(nn.Module):
         x: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Ragged | None = None,
         cache: KVCache | None = None,
         tap: Tap = None,
         context: Tensor | None = None,
@@ -183,9 +184,10 @@ class Llama(nn.Module):
 
         ``positions``: (B, T); by default they count on from the cache, and only real positions count when a ``mask``
         is given. ``mask``: True on real positions, (B, S) over cached and new positions, or a full boolean
-        (B, 1, T, S) that replaces the causal rule. ``tap``: None for final normed states; k for the un-normed output
-        of block k (negative from the end; later blocks do not run); a tuple for several. ``context``: (B, M, D) tokens
-        for the prefixes; a cache remembers them for the steps that follow.
+        (B, 1, T, S) that replaces the causal rule; or the layout of sequences that share the row (1, T, D), to each of
+        which a row of ``context`` belongs. ``tap``: None for final normed states; k for the un-normed output of block
+        k (negative from the end; later blocks do not run); a tuple for several. ``context``: (B, M, D) tokens for the
+        prefixes; a cache remembers them for the steps that follow.
         """
         t, past = x.shape[1], 0 if cache is None else cache.length
         if cache is not None:
@@ -195,7 +197,12 @@ class Llama(nn.Module):
             positions = default_positions(mask, past, t, x.device)
         c = self.config
         rope = table(positions.expand(x.shape[0], t), c.head_width, c.rope_theta, c.rope_scaling)
-        allowed = attention_mask(mask, past, t, c.window, x.device)
+        if isinstance(mask, Ragged):
+            if cache is not None:
+                raise ValueError("sequences that share a row are read at once, without a cache")
+            allowed: Tensor | Ragged | None = mask if mask.masks else isolated(mask, c.window)
+        else:
+            allowed = attention_mask(mask, past, t, c.window, x.device)
         wanted = tap_layers(tap, c.n_layers)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.layers):
@@ -238,11 +245,20 @@ def tap_layers(tap: Tap, n_layers: int) -> tuple[int, ...]:
     return tuple(i % n_layers for i in layers)
 
 
-def default_positions(mask: Tensor | None, past: int, t: int, device: torch.device) -> Tensor:
+def default_positions(mask: Tensor | Ragged | None, past: int, t: int, device: torch.device) -> Tensor:
     """Positions (1 or B, T) of ``t`` new tokens after ``past`` cached ones; padding does not count."""
+    if isinstance(mask, Ragged):
+        return mask.positions
     if mask is None or mask.ndim != 2:
         return torch.arange(past, past + t, device=device)[None]
     return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -t:]
+
+
+def isolated(rows: Ragged, window: int | None) -> Ragged:
+    """The layout with a sliding window where sequences are longer than it."""
+    if window is None or max(rows.lengths) <= window:
+        return rows
+    return rows.masked(lambda _, t: attention_mask(None, 0, t, window, rows.mask.device))
 
 
 def attention_mask(mask: Tensor | None, past: int, t: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -10,8 +10,9 @@ from accessory.schema import Batch, Encoded, Targets
 from accessory.tokens import IGNORE
 
 
-def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
-    """Right-padded rows; tiles of all rows in reading order as (N,3,S,S), N = 0 for text alone."""
+def collate(rows: Sequence[Encoded], pad_id: int, packed: bool = False) -> Batch:
+    """Right-padded rows; tiles of all rows in reading order as (N,3,S,S), N = 0 for text alone. ``packed``: see
+    :class:`Batch`."""
     if not rows:
         raise ValueError("a batch needs at least one row")
     longest = max(len(r.ids) for r in rows)
@@ -22,7 +23,8 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
         n = len(row.ids)
         ids[i, :n], labels[i, :n], mask[i, :n] = row.ids, row.labels, True
     tiles, sources = torch.cat([r.tiles for r in rows]), tuple(r.source for r in rows)
-    return Batch(ids, labels, mask, tiles, sources, _targets(rows), torch.tensor([len(r.tiles) for r in rows]))
+    counts = torch.tensor([len(r.tiles) for r in rows])
+    return Batch(ids, labels, mask, tiles, sources, _targets(rows), counts, packed)
 
 
 def _targets(rows: Sequence[Encoded]) -> Targets | None:

@@ -1,10 +1,12 @@
-"""Batches of an endless mixture, encoded in worker processes; their order does not depend on how many there are."""
+"""Batches of an endless mixture, padded or packed, encoded in worker processes; their order does not depend on how many
+there are."""
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from accessory.data.collate import collate
 from accessory.data.deal import Deal, remaining
 from accessory.data.mixture import Ledger, Mixture, check_fingerprint
+from accessory.data.packing import PackingConfig, knapsack
 from accessory.data.rows import RowRejected
 from accessory.schema import Batch, Encoded, Prompt, Sample, Target
 
@@ -124,8 +127,13 @@ class Loader:
     """Endless batches with the cursor of the last one handed out.
 
     ``window`` batches are gathered and sorted by length so that rows of one batch are about equally long; 1 keeps the
-    draw order. Of ``world`` ranks each takes every world-th draw. ``state_dict`` belongs to the batches the caller
-    has received, however far the workers have read ahead.
+    draw order. Every epoch is shuffled anew by the mixture and no row is left over at its end: windows reach across. Of
+    ``world`` ranks each takes every world-th draw, and all of them deal their windows in the same order of lengths, so
+    that no rank waits long for another. ``state_dict`` belongs to the batches the caller has received, however far the
+    workers have read ahead.
+
+    With ``packing`` the rows of a window are put into packs, of which a batch has ``batch_size``; the emptiest wait for
+    the next window, but no row waits twice while another can. A row that no pack can hold goes to the ledger.
     """
 
     def __init__(
@@ -139,6 +147,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         ledger: Ledger | None = None,
+        packing: PackingConfig | None = None,
     ) -> None:
         if batch_size < 1 or window < 1 or not 0 <= rank < world:
             raise ValueError(f"batch_size {batch_size} and window {window} must be at least 1, rank {rank} < {world}")
@@ -150,25 +159,49 @@ class Loader:
         self.rank = rank
         self.world = world
         self.ledger = ledger or Ledger()
+        self.packing = packing
         self._order = Deal()
-        self._state: dict[str, Any] = {"step": 0, "given": 0, "taken": [], "ledger": self.ledger.state_dict()}
+        self._packed = [0, 0]  # positions and packs handed out
+        self._state: dict[str, Any] = self._place(0, 0, [], self.ledger.state_dict())
+
+    @property
+    def filled(self) -> float | None:
+        """Share of the positions of all packs handed out that hold a sample; None before the first."""
+        positions, packs = self._packed
+        return positions / (packs * self.packing.length) if packs and self.packing is not None else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the caller stands: the rank's draw at which its window begins, and how many batches of it it has."""
-        return {
-            **self._state, "fingerprint": self.mixture.fingerprint(), "deal": [list(self._order.left), self._order.start],
-            "batch_size": self.batch_size, "window": self.window, "world": self.world,
-        }  # fmt: skip
+        """Where the caller stands: the rank's draw at which its window begins, which rows wait from earlier ones, the
+        number of the window, and how many batches of it the caller has, with which draws."""
+        order = {"deal": [list(self._order.left), self._order.start]}
+        return {**self._state, **order, "fingerprint": self.mixture.fingerprint(), **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        packing = None if self.packing is None else asdict(self.packing)
+        return {"batch_size": self.batch_size, "window": self.window, "world": self.world, "packing": packing}
+
+    @staticmethod
+    def _place(step: int, number: int, held: Sequence[Encoded], book: Mapping[str, int]) -> dict[str, Any]:
+        waiting = [r.draw for r in held]
+        return {"step": step, "number": number, "held": waiting, "given": 0, "taken": [], "ledger": dict(book)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch after the last one received; ValueError when the stream would be another."""
         check_fingerprint(self.mixture, state)
-        for key in ("batch_size", "window", "world"):
-            if state[key] != getattr(self, key):
-                raise ValueError(f"an exact resume needs the same {key}: {state[key]} then, {getattr(self, key)} now")
+        for key, now in self._settings().items():
+            then = state.get(key)
+            if then != now:
+                raise ValueError(f"an exact resume needs the same {key}: {then} then, {now} now")
+        place, count = {"held": [], "taken": [], **state}, self.batch_size * self.window
+        if "number" not in place:  # of a version that counted draws; without a rejected row they tell the window
+            if place["step"] % count:
+                raise ValueError(
+                    f"the checkpoint is of a version that dealt rows otherwise from draw {place['step']} on"
+                )
+            place["number"] = place["step"] // count
         left, start = state.get("deal", ([], 0))
         self._order = Deal(tuple(left), start)
-        self._state = {"taken": [], **{k: state[k] for k in self._state if k in state}}
+        self._state = {k: place[k] for k in self._state}
 
     def dealt_anew(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A state for this rank of those that all ranks, of another number, had: nobody read what it begins with.
@@ -178,35 +211,54 @@ class Loader:
         """
         if bad := [s for s in states if s["given"] and not s.get("taken")]:
             raise ValueError(f"a checkpoint of {len(states)} ranks does not say what {bad[0]['given']} batches held")
-        states = [{"taken": [], **state} for state in states]
+        states = [{"held": [], "taken": [], "number": 0, **state} for state in states]
         left, start = states[0].get("deal", ([], 0))
         deal = remaining(Deal(tuple(left), start), states)
         book = {"seen": 0, "bad": 0}
         if self.rank == 0:  # which keeps the book of what was before
             book = {name: sum(state["ledger"][name] for state in states) for name in book}
-            book["seen"] += sum(len(state["taken"]) for state in states)
-        place = {"step": 0, "given": 0, "taken": [], "ledger": book, "deal": [list(deal.left), deal.start]}
-        return {**states[0], **place, "world": self.world}
+            book["seen"] += sum(len(state["taken"]) - len(state["held"]) for state in states)  # those are read again
+        place = self._place(0, 1 + max(state["number"] for state in states), [], book)
+        return {**states[0], **place, "deal": [list(deal.left), deal.start], "world": self.world}
 
     def __iter__(self) -> Iterator[Batch]:
-        step, skip = self._state["step"], self._state["given"]
-        self.ledger.load_state_dict(self._state["ledger"])
+        place = dict(self._state)
+        step, number, skip = place["step"], place["number"], place["given"]
+        self.ledger.load_state_dict(place["ledger"])
+        held = self._again(place["held"])
         stream = self._encoded(step)
         while True:
-            book, taken = self.ledger.state_dict(), []
-            batches, following = self._window(stream, step)
-            for i, rows in enumerate(batches):
-                taken = [*taken, *(row.draw for row in rows)]
-                if i < skip:
+            begin = self._place(step, number, held, self.ledger.state_dict())
+            rows, step = self._gather(stream, held, step)
+            batches, held = self._deal(rows, begin["held"], number)
+            number += 1
+            taken: list[int] = []
+            for i, batch in enumerate(batches, start=1):
+                taken = [*taken, *(row.draw for row in batch)]
+                if i <= skip:
                     continue
-                done = i + 1 == len(batches)
+                done = i == len(batches)
                 self._state = (
-                    {"step": following, "given": 0, "taken": [], "ledger": self.ledger.state_dict()}
+                    self._place(step, number, held, self.ledger.state_dict())
                     if done
-                    else {"step": step, "given": i + 1, "taken": taken, "ledger": book}
+                    else {**begin, "given": i, "taken": taken}
                 )
-                yield collate(rows, self.encoder.pad_id)
-            step, skip = following, 0
+                yield self._collated(batch)
+            skip = 0
+
+    def _collated(self, rows: Sequence[Encoded]) -> Batch:
+        if self.packing is not None:
+            self._packed[0] += sum(len(r.ids) for r in rows)
+            self._packed[1] += self.batch_size
+        return collate(rows, self.encoder.pad_id, packed=self.packing is not None)
+
+    def _again(self, draws: Sequence[int]) -> list[Encoded]:
+        """Rows that waited when the state was taken."""
+        rows = [row for _, row in _unpack(_Draws(self.mixture, self.encoder)[draws])] if draws else []
+        for row in rows:
+            if isinstance(row, RowRejected):
+                raise ValueError(f"a row that waited for its pack can no longer be used: {row}")
+        return [row for row in rows if isinstance(row, Encoded)]
 
     def _encoded(self, start: int) -> Iterator[tuple[int, Encoded | RowRejected]]:
         loader: DataLoader[_Packed] = DataLoader(
@@ -221,25 +273,54 @@ class Loader:
         for packed in loader:
             yield from _unpack(packed)
 
-    def _window(
-        self, stream: Iterator[tuple[int, Encoded | RowRejected]], start: int
-    ) -> tuple[list[list[Encoded]], int]:
-        """The next window's batches and the rank's draw that follows them; bad rows go to the ledger."""
-        rows: list[Encoded] = []
-        step = start
-        while len(rows) < self.batch_size * self.window:
+    def _gather(
+        self, stream: Iterator[tuple[int, Encoded | RowRejected]], held: Sequence[Encoded], step: int
+    ) -> tuple[list[Encoded], int]:
+        """Rows of the next window behind those ``held``, and the rank's next draw; bad ones go to the ledger."""
+        rows = list(held)
+        have, wanted = [len(rows), sum(len(r.ids) for r in rows), sum(len(r.tiles) for r in rows)], self._wanted()
+        while all(number < enough for number, enough in zip(have, wanted, strict=True)):
             k, row = next(stream)
             step += 1
+            if isinstance(row, Encoded) and self.packing is not None:
+                reason = self.packing.misfit(len(row.ids), len(row.tiles))
+                row = row if reason is None else RowRejected(reason, row.source, row.index)
             if isinstance(row, RowRejected):
                 self.ledger.reject(row, k)
             else:
                 self.ledger.good()
                 rows.append(row)
-        if self.window > 1:
-            rows.sort(key=lambda r: len(r.ids))  # stable, so equal lengths keep their order
-        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        order = np.random.default_rng((self.mixture.seed, 2, start)).permutation(len(batches))
-        return [batches[i] for i in order], step
+                have = [a + b for a, b in zip(have, (1, len(row.ids), len(row.tiles)), strict=True)]
+        return rows, step
+
+    def _wanted(self) -> tuple[float, float, float]:
+        """Rows, positions, tiles: any of them fills a window."""
+        count = self.batch_size * self.window
+        if self.packing is None:
+            return count, math.inf, math.inf
+        packs = count + 1  # so that the emptiest can wait
+        return math.inf, packs * self.packing.length, packs * (self.packing.tiles or math.inf)
+
+    def _deal(
+        self, rows: list[Encoded], waited: Sequence[int], number: int
+    ) -> tuple[list[list[Encoded]], list[Encoded]]:
+        """The batches of window ``number`` and the rows that wait for the next one."""
+        first = number * self.batch_size * self.window  # the same on all ranks, whatever rows they rejected
+        generator = np.random.default_rng((self.mixture.seed, 2, first))
+        if self.packing is None:
+            if self.window > 1:
+                rows.sort(key=lambda r: len(r.ids))  # stable, so equal lengths keep their order
+            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            return [batches[i] for i in generator.permutation(len(batches))], []
+        found = knapsack([(len(r.ids), len(r.tiles)) for r in rows], self.packing, len(waited))
+        packs = [[rows[i] for i in sorted(pack)] for pack in found]
+        packs.sort(key=lambda p: (any(r.draw in waited for r in p), sum(len(r.ids) for r in p)))
+        spare = len(packs) - (len(packs) - 1) // self.batch_size * self.batch_size
+        order = [packs[spare + i] for i in generator.permutation(len(packs) - spare)]
+        joined = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        # Samples of one length stand side by side, where attention takes them together without moving them.
+        batches = [sorted((r for pack in packs for r in pack), key=lambda r: len(r.ids)) for packs in joined]
+        return batches, sorted((r for pack in packs[:spare] for r in pack), key=lambda r: r.draw)
 
 
 class _Chunks:

@@ -15,12 +15,13 @@ from accessory.models.dream_config import DreamConfig as DreamConfig
 from accessory.models.dream_config import Residual as Residual
 from accessory.models.dream_config import TapConfig as TapConfig
 from accessory.models.dream_queries import QueryNoise
-from accessory.models.dream_spans import DreamSpan, Drop, hide_spans, is_prompt, prompts, without
+from accessory.models.dream_spans import DreamSpan, Drop, hide_packed, hide_spans, is_prompt, prompts, without
 from accessory.models.mllm import MLLM
 from accessory.models.splice import splice
 from accessory.nn.cache import KVCache, Past
 from accessory.nn.linear import stated
 from accessory.nn.quantized import Quantized
+from accessory.nn.ragged import Ragged
 from accessory.tokens import DREAM, DREAM_END, DREAM_START, IMAGE
 
 Taps = dict[int | None, Tensor]
@@ -30,13 +31,14 @@ Taps = dict[int | None, Tensor]
 @dataclass(frozen=True)
 class States:
     """What has been read: ids (B, T) and which are ``real``, final normed states (B, T, D), those of the tapped
-    layers, the visual prefix."""
+    layers, the visual prefix. With a ``layout`` of the B sequences, states are (1, N, D)."""
 
     ids: Tensor
     real: Tensor
     final: Tensor
     taps: Taps
     context: Tensor | None = None
+    layout: Ragged | None = None
 
     def then(self, later: States) -> States:
         """With the positions that followed."""
@@ -51,12 +53,16 @@ class States:
 
     def at(self, rows: Tensor, columns: Tensor) -> Taps:
         """Tapped states (N, L, D) at ``columns`` (N, L) of ``rows`` (N)."""
+        if self.layout is not None:
+            index = self.layout.at(rows[:, None], columns)
+            return {k: v[0, index] for k, v in self.taps.items()}
         return {k: v[rows[:, None], columns] for k, v in self.taps.items()}
 
 
 @dataclass(frozen=True)
 class Dreamt:
-    """Final states (B, T, D), and the condition of every picture in reading order (None where there is no span)."""
+    """Final states (B, T, D), or (1, N, D) of packed sequences, and the condition of every picture in reading order
+    (None where there is no span)."""
 
     h: Tensor
     condition: Condition | None
@@ -153,26 +159,31 @@ class Dream(nn.Module):
         context: Tensor | None = None,
         cropped: bool = False,
         noise: Tensor | None = None,
+        layout: Ragged | None = None,
     ) -> States:
         """States of ids (B, T); see :meth:`MLLM.forward`, :meth:`embed`. ``mask`` (B, past + T) marks padding only."""
         backbone = self.net.backbone
-        x = self.embed(ids, tiles, features, cropped=cropped, noise=noise)
+        x = self.embed(ids if layout is None else layout.flat(ids), tiles, features, cropped=cropped, noise=noise)
         if context is None and tiles is not None:
             context = self.net.context(ids, tiles)
-        positions, t = None, ids.shape[1]
+        positions, t, within = None, ids.shape[1], layout
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, mask.shape[1] - t :]
         if mask is not None and bool(mask.all()):
             mask = None  # as a text encoder does: the plain causal kernel rounds otherwise than a masked one
         if self.config.hide_queries_from_future and not cropped and bool((ids == DREAM_START).any()):
             past = 0 if cache is None else cache.length
-            mask, positions = hide_spans(ids, mask, past, backbone.config.window)
+            if layout is None:
+                mask, positions = hide_spans(ids, mask, past, backbone.config.window)
+            else:
+                within, positions = hide_packed(ids, layout, backbone.config.window)
         n = backbone.config.n_layers
         layers = tuple(sorted({i % n for i in self.tapped if i is not None} | {n - 1}))
-        outputs = backbone(x, mask=mask, positions=positions, cache=cache, tap=layers, context=context)
+        seen = mask if within is None else within
+        outputs = backbone(x, mask=seen, positions=positions, cache=cache, tap=layers, context=context)
         final = backbone.norm(outputs[-1])
         found = dict(zip(layers, outputs, strict=True))
         taps = {i: final if i is None else found[i % n] for i in self.tapped}
-        return States(ids, real, final, taps, context)
+        return States(ids, real, final, taps, context, layout)
 
     def forward(
         self,
@@ -184,18 +195,19 @@ class Dream(nn.Module):
         sizes: Tensor | None = None,
         drop: Sequence[Drop] | None = None,
         noise: Tensor | None = None,
+        layout: Ragged | None = None,
     ) -> Dreamt:
         """Sequences ids (B, T) with any number of spans in one run: final states, and the conditions of all N spans.
 
         ``mask``: (B, T), False on padding. ``sizes``: (N, 6). ``drop``: N draws of ``config.drop``.
-        ``noise``: see :meth:`embed`.
+        ``noise``: see :meth:`embed`. ``layout``: see :meth:`MLLM.forward`.
 
         Raises:
             ValueError: for a torn span, or when ``drop`` and spans differ in number.
         """
         if drop is not None and features is None and tiles is not None and self.net.projector is not None:
             features = self.net.encode(tiles)
-        states = self.read(ids, tiles, features=features, mask=mask, noise=noise)
+        states = self.read(ids, tiles, features=features, mask=mask, noise=noise, layout=layout)
         h = self._anchored(states.final)
         rows, columns = self.span.find(ids)
         if not len(rows):

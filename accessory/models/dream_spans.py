@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from accessory.nn.ragged import Ragged
 from accessory.tokens import DREAM, DREAM_END, DREAM_START, NAMES
 
 Drop = Literal["keep", "text", "image", "all"]
@@ -112,6 +113,18 @@ def hide_spans(ids: Tensor, mask: Tensor | None, past: int, window: int | None) 
         allowed &= positions[:, None] > positions[:, past:, None] - window
     # A query on padding would see nothing and turn into NaN; it may see itself, and nobody reads it.
     return (allowed | (index == query))[:, None], positions[:, past:]
+
+
+def hide_packed(ids: Tensor, rows: Ragged, window: int | None) -> tuple[Ragged, Tensor]:
+    """:func:`hide_spans` for sequences ids (S, T) that share a row: their layout and positions (1, N)."""
+    positions = torch.zeros_like(ids)
+
+    def mask(own: Tensor, t: int) -> Tensor:
+        allowed, positions[own, :t] = hide_spans(ids[own, :t], rows.mask[own, :t], 0, window)
+        return allowed
+
+    hidden = rows.masked(mask)
+    return hidden, rows.flat(positions)
 
 
 def prompts(ids: Tensor, mask: Tensor | None, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from accessory.backbone.llama import Llama
 from accessory.data.encode import tile_ids
 from accessory.models.splice import splice
 from accessory.nn.cache import KVCache
+from accessory.nn.ragged import Ragged
 from accessory.schema import Encoded
 from accessory.tokens import IMAGE, IMAGE_END, IMAGE_START, SKIP
 from accessory.vision.projector import Projector
@@ -162,16 +163,21 @@ class MLLM(nn.Module):
         cache: KVCache | None = None,
         context: Tensor | None = None,
         counts: Tensor | None = None,
+        layout: Ragged | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, D) of ids (B, T) and the tiles (N, 3, S, S) that their placeholders stand for.
 
         ``mask``, ``positions`` and ``cache`` as in :meth:`accessory.backbone.llama.Llama.forward`; ``context`` spares
         making it, see :meth:`context` for ``counts``. Later steps over a cache go on with the context of its first.
+
+        ``layout``: of right-padded ids; they are computed as one row without padding, in which none sees
+        another, and the states are (1, N, D).
         """
-        x = self.embed(ids, tiles, features)
+        x = self.embed(ids if layout is None else layout.flat(ids), tiles, features)
         if context is None and tiles is not None:
             context = self.context(ids, tiles, counts)
-        return self.backbone(x, mask=mask, positions=positions, cache=cache, context=context)
+        seen = mask if layout is None else layout
+        return self.backbone(x, mask=seen, positions=positions, cache=cache, context=context)
 
     def logits(self, h: Tensor) -> Tensor:
         """Vocabulary scores (..., V) of hidden states (..., D)."""

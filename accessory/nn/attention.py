@@ -8,6 +8,7 @@ from accessory.nn.cache import KVCache
 from accessory.nn.linear import Linear
 from accessory.nn.packed import Packed
 from accessory.nn.quantized import Quantized
+from accessory.nn.ragged import Ragged
 from accessory.nn.rope import rotate
 
 SHORT = 512 * 512  # most scores a head for which the explicit formula is not slower on a CPU
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Ragged | None,
         cache: KVCache | None = None,
         layer: int = 0,
         context: Tensor | None = None,
@@ -78,23 +79,30 @@ class Attention(nn.Module):
         """Attend within (B, T, D) and the cached positions.
 
         ``rope``: complex (B, T, A/2). ``mask``: boolean, broadcastable to (B, H, T, S), True = may attend;
-        None = plain causal from position 0, or a single newest query that sees everything.
+        None = plain causal from position 0, or a single newest query that sees everything; a layout of sequences in
+        one row (1, T, D), for each of which ``context`` has a row.
         ``context``: (B, M, D) extra tokens for the prefix.
         """
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, mask)
-        if self.prefix is not None:
-            y = y + self.prefix(q, self, context)
+        prefix = self.prefix
+        if prefix is not None and context is not None and isinstance(mask, Ragged):
+            y = y + mask.each(lambda group, q: prefix(q, self, context[group.rows]), q)
+        elif prefix is not None:
+            y = y + prefix(q, self, context)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Ragged | None, causal: bool = True) -> Tensor:
     """Scaled dot-product attention of (B, H, T, A) over (B, K, S, A).
 
     ``mask`` None means causal (see above), or no mask at all where ``causal`` is False.
     """
+    if isinstance(mask, Ragged):
+        flash = mask.flash(q, k, v)
+        return mask.each(lambda group, *parts: attend(*parts, group.mask), q, k, v) if flash is None else flash
     h, n = q.shape[1], k.shape[1]
     if q.shape[2] == 1 and h != n and (mask is None or mask.shape[1] == 1):
         # One query a head: the heads of a group become rows of one product, and their shared keys are read once.

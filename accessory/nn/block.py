@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from accessory.nn.cache import KVCache
+from accessory.nn.ragged import Ragged
 
 Order = Literal["sequential", "parallel", "parallel_one_norm"]
 """``parallel`` has a norm for each half (Falcon 40B), ``parallel_one_norm`` one for both (Falcon 7B)."""
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Ragged | None,
         cache: KVCache | None = None,
         layer: int = 0,
         context: Tensor | None = None,

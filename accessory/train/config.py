@@ -86,18 +86,19 @@ class EmaConfig:
 class TrainConfig:
     """A run of ``max_steps`` updates, or of ``max_seconds``, whichever ends first.
 
-    ``batch_size`` counts samples of one micro-batch on one data rank; an update sees ``batch_size x accumulation x data
-    ranks``, of which there are as many as processes, or that number divided by ``parallel.tensor``.
-    ``global_batch`` states that product in place of ``accumulation``, so that an experiment is the same on any number
-    of ranks.
+    ``batch_size`` counts samples of one micro-batch on one data rank, or packs where ``data.packing`` is set; an update
+    sees ``batch_size x accumulation x data ranks``, of which there are as many as processes, or that number divided by
+    ``parallel.tensor``. ``global_batch`` states that product in place of ``accumulation``, so that an experiment is the
+    same on any number of ranks.
     ``schedule_by='time'`` lets the cosine follow the wall clock, so that a run with a fixed time budget ends with a
     cooled-down learning rate whatever the machine's speed. ``clip_norm`` None does not clip; ``threads`` None leaves
     torch's choice; ``precision`` bf16 computes in bf16 on a GPU, and on a CPU only with ``cpu_autocast``: it pays where
     most weights train, and costs where frozen fp32 weights are converted at every step. ``optimizer`` muon updates
     hidden matrices by :class:`torch.optim.Muon` (same learning rates, as its updates are scaled to AdamW's size) and
-    all others by AdamW. ``log_every`` and ``checkpoint_every`` count updates; of checkpoints the newest ``keep_last``
-    stay. ``save_beside`` copies what a rank saves in main memory and writes it while training goes on; without it
-    nothing is copied and training waits.
+    all others by AdamW. ``loss_chunk``: at most so many learned positions have their scores over the vocabulary in
+    memory at a time; null: all of a micro-batch. ``log_every`` and ``checkpoint_every`` count updates; of checkpoints
+    the newest ``keep_last`` stay. ``save_beside`` copies what a rank saves in main memory and writes it while training
+    goes on; without it nothing is copied and training waits.
     """
 
     output_dir: str
@@ -129,10 +130,11 @@ class TrainConfig:
     tensorboard: bool = True
     ema: EmaConfig | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "batch_size", "accumulation", "checkpoint_every", "keep_last", "log_every")
-        for name in (*counts, "threads", "global_batch"):
+        for name in (*counts, "threads", "global_batch", "loss_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1")
@@ -151,6 +153,11 @@ class TrainConfig:
             raise ValueError(f"max_seconds {self.max_seconds} must be positive; null means no limit")
         if self.optimizer == "muon" and self.parallel != ParallelConfig():
             raise ValueError("optimizer muon needs whole matrices: with it, parallel.tensor is 1 and parallel.data ddp")
+        if self.loss_chunk is not None and self.parallel.data == "fsdp":
+            raise ValueError(
+                f"loss_chunk {self.loss_chunk} calls the output layer as often as a rank has something to learn, and "
+                "parallel.data fsdp needs ranks that call alike; leave one of them out"
+            )
         if self.schedule_by == "time" and self.max_seconds is None:
             raise ValueError("schedule_by is 'time', which needs max_seconds")
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.diffusion import objective as diffusion
@@ -20,10 +19,12 @@ from accessory.diffusion.transport import TimeSampling, Transport
 from accessory.models.dream import Dream
 from accessory.models.dream_loss import DreamLossConfig
 from accessory.models.dream_spans import Drop, NullPolicy
+from accessory.nn.ragged import Ragged
 from accessory.parallel import groups
 from accessory.schema import Batch, Targets
 from accessory.tokens import DREAM_START, IGNORE
 from accessory.train.features import Features
+from accessory.train.language import layout, next_token_losses
 
 if TYPE_CHECKING:
     from accessory.models.generator import Generator
@@ -176,11 +177,16 @@ class JointObjective:
     """Language and pictures of dialogues with dream spans: each is a mean over its own number (labels, pictures) in the
     whole update, and their weighted sum is what is minimised. A count of 1 is one row.
 
+    ``chunk`` as of :class:`accessory.train.objective.DialogueObjective`.
+
     ``parts``: the two weighted losses of the last call (see :class:`accessory.train.parts.PartObjective`).
     """
 
-    def __init__(self, config: GenerationConfig, seed: int, features: Features | None = None) -> None:
+    def __init__(
+        self, config: GenerationConfig, seed: int, features: Features | None = None, chunk: int | None = None
+    ) -> None:
         assert config.loss is not None
+        self.chunk = chunk
         self.weights, self.norms_every = config.loss, config.norms_every
         self.diffusion = DiffusionObjective(config.diffusion, seed, features)
         self.parts: Mapping[str, Tensor] = {}
@@ -205,7 +211,8 @@ class JointObjective:
         drop = None if draws is None or set(draws.drop) == {"keep"} else draws.drop
         tiles = None if dream.net.tower is None else batch.tiles
         noise = None if draws is None else dream.noise.draw(draws.generators)
-        dreamt = dream(batch.ids, tiles, mask=batch.mask, drop=drop, noise=noise)
+        rows = layout(batch)
+        dreamt = dream(batch.ids, tiles, mask=batch.mask, drop=drop, noise=noise, layout=rows)
         found = 0 if dreamt.condition is None else len(dreamt.condition)
         if found != (0 if batch.targets is None else len(batch.targets)):
             raise ValueError(f"{found} dream spans for {0 if batch.targets is None else len(batch.targets)} pictures")
@@ -213,7 +220,7 @@ class JointObjective:
         picture = nothing
         if batch.targets is not None and draws is not None and dreamt.condition is not None and self.weights.picture:
             picture = self.diffusion.losses(model, batch.targets, draws, dreamt.condition).sum() * self._rates[1]
-        language = self._language(dream, dreamt.h, batch.labels) if self.weights.language else nothing
+        language = self._language(dream, dreamt.h, batch.labels, rows) if self.weights.language else nothing
         language = language * self._rates[0]
         zero = nothing.detach()
         self.parts = {
@@ -229,8 +236,6 @@ class JointObjective:
         weight = (labels != IGNORE).float()
         return torch.where(labels == DREAM_START, weight * self.weights.trigger, weight)
 
-    def _language(self, dream: Dream, h: Tensor, labels: Tensor) -> Tensor:
-        learned = labels[:, 1:] != IGNORE
-        scores = dream.logits(h[:, :-1][learned]).float()  # only where something is learned: V is most of the work
-        losses = F.cross_entropy(scores, dream.targets(labels[:, 1:][learned]), reduction="none")
-        return (losses * self._weights(labels)[learned]).sum()
+    def _language(self, dream: Dream, h: Tensor, labels: Tensor, rows: Ragged | None) -> Tensor:
+        losses = next_token_losses(dream.logits, h, dream.targets(labels), rows, self.chunk)
+        return (losses * self._weights(labels)[labels[:, 1:] != IGNORE]).sum()

@@ -59,6 +59,12 @@ class GeneratorRunConfig:
     seen: bool = True
     cache: str | None = None
 
+    def __post_init__(self) -> None:
+        of_dialogues = {"data.packing": self.data.packing, "train.loss_chunk": self.train.loss_chunk}
+        given = [name for name, value in of_dialogues.items() if value is not None]
+        if given and self.objective.loss is None:
+            raise ValueError(f"{given[0]} is for dialogues (objective.loss); prompts and pictures have no positions")
+
 
 def run(
     config: GeneratorRunConfig,
@@ -98,7 +104,7 @@ def run(
         texts=export_texts(generator.config, resolved, config.data, folder),
     )
     try:
-        with reported(source.ledger):
+        with reported(source):
             return train(generator, source, objective_of(config, features), config.train, resume=resume, hooks=hooks)
     finally:
         if isinstance(features, CachedFeatures):
@@ -112,7 +118,7 @@ main_config = partial(started, run, GeneratorRunConfig)
 def objective_of(config: GeneratorRunConfig, features: Features) -> Any:
     """The objective that the configuration names."""
     if config.objective.loss is not None:
-        return JointObjective(config.objective, config.train.seed, features)
+        return JointObjective(config.objective, config.train.seed, features, config.train.loss_chunk)
     return DiffusionObjective(config.objective.diffusion, config.train.seed, features)
 
 

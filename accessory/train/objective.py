@@ -21,6 +21,7 @@ from accessory.nn.moe import MoEConfig, router_loss, routings
 from accessory.schema import Batch
 from accessory.tokens import IGNORE, IMAGE
 from accessory.train.disjoint import RowGroup
+from accessory.train.language import layout, next_token_losses
 
 
 class Objective(Protocol):
@@ -89,11 +90,15 @@ class _Named:
 class DialogueObjective:
     """Next-token loss on what the assistant says, beside the alignment of pictures where one is configured.
 
-    Without the language part the count is that of aligned rows instead of tokens.
+    Without the language part the count is that of aligned rows instead of tokens. ``chunk``: at most so many positions
+    have their scores in memory at a time (``train.loss_chunk``).
     """
 
-    def __init__(self, config: ObjectiveConfig, tokenizer: Tokenizer, cache: Path | None = None) -> None:
+    def __init__(
+        self, config: ObjectiveConfig, tokenizer: Tokenizer, cache: Path | None = None, chunk: int | None = None
+    ) -> None:
         self.config = config
+        self.chunk = chunk
         self.tokenizer = tokenizer
         self.cache = cache
         self.ends = _ends(tokenizer)
@@ -151,14 +156,14 @@ class DialogueObjective:
     def _language(self, net: MLLM, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss sum, count, and in training what the routers of a mixture of experts add to the mean."""
         # Rows are padded on the right, so causal attention never sees padding and needs no mask.
-        experts = self.experts or net.backbone.config.moe
+        experts, rows = self.experts or net.backbone.config.moe, layout(batch)
         with routings(net) if experts is not None and net.training else contextlib.nullcontext(()) as log:
-            h = net(batch.ids, batch.tiles, features=features, counts=batch.counts)
-        learned = batch.labels[:, 1:] != IGNORE
-        logits = net.logits(h[:, :-1][learned]).float()  # only where something is learned: V is most of the work
-        loss = F.cross_entropy(logits, batch.labels[:, 1:][learned], reduction="sum")
-        router = router_loss(experts, log, batch.mask.flatten()) if experts is not None and log else None
-        return loss, learned.sum(), router
+            h = net(batch.ids, batch.tiles, features=features, counts=batch.counts, layout=rows)
+        losses = next_token_losses(net.logits, h, batch.labels, rows, self.chunk)
+        real = batch.mask.flatten() if rows is None else batch.mask.new_ones(h.shape[1])
+        router = router_loss(experts, log, real) if experts is not None and log else None
+        count = torch.tensor(len(losses), device=losses.device)
+        return losses.sum(), count, router
 
     def _named(self, net: MLLM, batch: Batch, features: Tensor) -> _Named:
         assert isinstance(net.aligner, Aligner)

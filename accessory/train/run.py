@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accessory.backbone.store import read_file
 from accessory.data.audit import render_row
 from accessory.data.loader import Loader, RowEncoder
 from accessory.data.mixture import Ledger, Mixture
+from accessory.data.packing import PackingConfig
 from accessory.data.rows import RowRejected
 from accessory.data.sources import load_sources
 from accessory.models import build
@@ -42,13 +44,15 @@ LOG = log.get(__name__)
 class DataConfig:
     """``sources``: a file of ``data_configs/``, relative to the working directory or to the experiment file.
 
-    ``window`` batches are sorted by length together; ``workers`` processes encode ahead.
+    ``window`` batches are sorted by length, or packed, together; ``workers`` processes encode ahead. ``packing`` puts
+    samples into packs without padding, which do not see each other; ``train.batch_size`` then counts packs.
     """
 
     sources: str
     workers: int = 1
     window: int = 8
     max_bad_rate: float = 0.05
+    packing: PackingConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def run(
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh projectors and LoRA are part of what a seed reproduces
     model = build.build(config.model, cache=cache, train=True)
-    objective = DialogueObjective(config.objective, model.tokenizer, cache)
+    objective = DialogueObjective(config.objective, model.tokenizer, cache, config.train.loss_chunk)
     objective.prepare(model.net)
     minimised = grouped(config, objective, model.net)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
@@ -132,7 +136,7 @@ def run(
         texts=export_texts(model.config, resolved, config.data, folder),
         layout=layout,
     )
-    with reported(source.ledger):
+    with reported(source):
         return train(model.net, source, minimised, config.train, resume=resume, hooks=hooks)
 
 
@@ -158,6 +162,11 @@ def grouped(config: RunConfig, objective: Objective, net: nn.Module) -> Objectiv
         )
     if groups and config.train.parallel.data == "fsdp":
         raise ValueError("objective.disjoint freezes what it does not train; with it, train.parallel.data is ddp")
+    if groups and config.train.loss_chunk:
+        raise ValueError(
+            "train.loss_chunk computes scores again when objective.disjoint has thawed what makes them; leave one of "
+            "them out"
+        )
     return DisjointObjective(objective, groups, net) if groups else objective
 
 
@@ -196,12 +205,17 @@ def _match_scale(model: Model, source: Loader) -> None:
 
 
 def _peek(source: Loader) -> Batch:
-    """The first draws as a batch. ``source`` still stands where it stood, and no rejected row is booked."""
+    """The first draws as a batch."""
+    return next(iter(_copy(source)))
+
+
+def _copy(source: Loader, window: int = 1) -> Loader:
+    """The same data from its first draw on. ``source`` still stands where it stood, and no rejected row is booked."""
     ledger = Ledger(max_rate=source.ledger.max_rate)
-    look = Loader(
-        source.mixture, source.encoder, source.batch_size, rank=source.rank, world=source.world, ledger=ledger
+    return Loader(
+        source.mixture, source.encoder, source.batch_size, rank=source.rank, world=source.world, ledger=ledger,
+        window=window, packing=source.packing,
     )  # fmt: skip
-    return next(iter(look))
 
 
 def sources_file(data: DataConfig, folder: Path) -> Path:
@@ -236,18 +250,26 @@ def open_loader(
         rank=groups.data_rank(),
         world=groups.data_size(),
         ledger=ledger,
+        packing=data.packing,
     )
 
 
 @contextmanager
-def reported(ledger: Ledger) -> Iterator[None]:
-    """Say at the end of a run how many rows it could not use."""
+def reported(source: Loader) -> Iterator[None]:
+    """Say at the end of a run how many rows it could not use, and how full its packs were."""
     try:
         yield
     except BaseException:
-        report_rejected(ledger)  # of this rank alone: the others may not come to be asked
+        report_rejected(source.ledger)  # of this rank alone: the others may not come to be asked
         raise
-    report_rejected(ledger, together=True)
+    report_rejected(source.ledger, together=True)
+    report_filled(source)
+
+
+def report_filled(source: Loader) -> None:
+    """Say how full the packs are that were handed out."""
+    if source.packing is not None and source.filled is not None:
+        LOG.info("packs of %d positions were %.1f %% full", source.packing.length, 100 * source.filled)
 
 
 def report_rejected(ledger: Ledger, *, together: bool = False) -> None:
@@ -272,6 +294,11 @@ def plan(net: nn.Module, source: Loader, config: TrainConfig, resolved: str, sho
         except RowRejected:
             continue
         print(f"the first row, {row.source} {row.index}{show(row)}")
+        if source.packing is not None:
+            look = _copy(source, source.window)
+            for _ in islice(look, source.window):  # a window has so many batches at least
+                pass
+            report_filled(look)
         return
     raise ValueError(f"none of the first {source.ledger.after} rows can be used")
 

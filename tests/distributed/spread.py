@@ -54,29 +54,40 @@ def made(folder: Path, method: str = "full", specs: Sequence[TuningSpec] | None 
     return model
 
 
-def batch(number: int, pictures: int) -> Batch:
-    """Two rows; the second has all ``pictures``, so that text-only rows and rows with one and many are mixed."""
+def batch(number: int, pictures: int, padding: int = 0) -> Batch:
+    """Two rows; the second has all ``pictures``, so that text-only rows and rows with one and many are mixed. The first
+    ends with so much ``padding``."""
     g = torch.Generator().manual_seed(number)
     ids = torch.randint(6, 300, (ROWS, LENGTH), generator=g)
     labels = ids.clone()
     labels[:, : 1 + number % 3] = IGNORE
     ids[1, 1 : 1 + pictures * TILE_TOKENS] = IMAGE
     labels[ids == IMAGE] = IGNORE
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, LENGTH - padding :] = False
+    labels[~mask] = IGNORE
     tiles = torch.rand(pictures, 3, 64, 64, generator=g)
-    return Batch(ids, labels, torch.ones_like(ids, dtype=torch.bool), tiles, (f"made:{number}",) * ROWS)
+    return Batch(ids, labels, mask, tiles, (f"made:{number}",) * ROWS)
 
 
 class Mixed:
-    """Draws of one of ``parts`` data ranks, or of all in turn (None); none, one or three pictures in each."""
+    """Draws of one of ``parts`` data ranks, or of all in turn (None); none, one or three pictures in each.
 
-    def __init__(self, part: int | None, parts: int = 2) -> None:
-        self.part, self.parts, self.given = part, parts, 0
+    ``kind`` None: rows of equal lengths; else of unequal ones, ``padded``, ``packed``, or one ``leaking`` row of them.
+    """
+
+    def __init__(self, part: int | None, parts: int = 2, kind: str | None = None) -> None:
+        self.part, self.parts, self.given, self.kind = part, parts, 0, kind
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             number = self.given if self.part is None else self.parts * self.given + self.part
             self.given += 1
-            yield batch(number % 6, PICTURES[number % 3])  # few rows, so that they can be learned in few steps
+            padding = 0 if self.kind is None else 3 + number % 6
+            b = batch(number % 6, PICTURES[number % 3], padding)  # few rows, so that they can be learned in few steps
+            if self.kind == "leaking":
+                b = replace(b, ids=b.ids[b.mask][None], labels=b.labels[b.mask][None], mask=b.mask[b.mask][None])
+            yield replace(b, packed=self.kind == "packed")
 
     def state_dict(self) -> dict[str, Any]:
         return {"given": self.given}
@@ -98,7 +109,7 @@ def trained(model: Model, source: Mixed, settings: TrainConfig, resume: str | No
     """Spread and train ``model``; the logged rows of all steps, on rank 0."""
     blocks = list(model.net.backbone.layers)
     layout = parallelize(model.net, settings.parallel, blocks)
-    objective = DialogueObjective(ObjectiveConfig(), model.tokenizer)
+    objective = DialogueObjective(ObjectiveConfig(), model.tokenizer, chunk=settings.loss_chunk)
     train(model.net, source, objective, settings, resume=resume, hooks=Hooks(blocks=blocks, layout=layout))
     lines = (Path(settings.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

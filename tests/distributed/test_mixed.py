@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from accessory.nn import moe
 from accessory.parallel.layout import ParallelConfig
 from tests.distributed.helpers import run_ranks
-from tests.distributed.spread import Mixed, config, made, trained
+from tests.distributed.spread import Mixed, column, config, made, trained
 
 LIMIT = 60.0  # seconds that a rank waits for another before the test fails
 PLANS = {
@@ -42,6 +43,33 @@ def test_no_rank_waits_for_ever(name: str, world: int, tmp_path: Path) -> None:
         assert all(given == 2 for _, given in found)
         assert all(losses == found[0][0] for losses, _ in found)
         assert found[0][0][0] != found[0][0][1]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tensor"])
+def test_packs_are_padded_rows(name: str, tmp_path: Path) -> None:
+    """Three updates of two ranks that have packs of other lengths: the losses and norms of padded rows."""
+    plan, methods = PLANS[name], ("full", "prefix", "moe")
+
+    def work(rank: int) -> Any:
+        found = {}
+        for method, kind in itertools.product(methods, ("padded", "packed", "leaking")):
+            chunk = 5 if kind == "packed" and name != "fsdp" else None
+            own = config(tmp_path / method / kind, 3, plan, accumulation=1, loss_chunk=chunk)
+            source = Mixed(rank // plan.tensor, 2 // plan.tensor, kind)
+            found[method, kind] = trained(made(tmp_path / f"own{rank}", method), source, own)
+        return found
+
+    found = run_ranks(work, 2, LIMIT)[0]
+    for method in methods:
+        padded, packed, leaking = (found[method, kind] for kind in ("padded", "packed", "leaking"))
+        for value in ("loss", "grad_norm", *(["router"] if method == "moe" else [])):
+            assert float((column(packed, value) / column(padded, value) - 1).abs().max()) < 1e-4, (method, value)
+        assert float((column(leaking, "grad_norm") / column(padded, "grad_norm") - 1).abs().max()) > 1e-3, method
+
+
+def test_scores_in_parts_are_refused_where_ranks_must_call_alike(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss_chunk 4 calls the output layer as often as"):
+        config(tmp_path, 1, PLANS["fsdp"], loss_chunk=4)
 
 
 @pytest.mark.parametrize("idle", [True, False])

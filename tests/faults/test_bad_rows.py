@@ -102,14 +102,17 @@ def test_a_small_set_stops_too(tmp_path: Path, encoder: Encoder, caplog: pytest.
     assert f"2 of 8 rows rejected, see {tmp_path / 'rejected.jsonl'}" in caplog.text
 
 
-def test_the_ranks_report_together(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_report_together(
+    tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = Ledger()
+    made = Loader(mixture(tmp_path, 8, set()), encoder, 2, ledger=ledger)
     ledger.load_state_dict({"seen": 10, "bad": 0})  # this rank met none
     monkeypatch.setattr("accessory.parallel.groups.gather_objects", lambda own, over: [own, {"seen": 12, "bad": 3}])
-    with reported(ledger):
+    with reported(made):
         pass
     assert "3 of 22 rows rejected" in caplog.text
     caplog.clear()
-    with pytest.raises(KeyError), reported(ledger):  # a rank that fails does not wait for the others
+    with pytest.raises(KeyError), reported(made):  # a rank that fails does not wait for the others
         raise KeyError
     assert "rejected" not in caplog.text

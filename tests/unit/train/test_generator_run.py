@@ -115,3 +115,7 @@ def test_weights_of_a_language_loss_need_a_bridge(tmp_path: Path) -> None:
         main_config(path, ["objective.loss={language: 1.0}", "cache_features=false"])
     with pytest.raises(ValueError, match="dialogues with dream spans only"):
         configuration.load(path, GeneratorRunConfig, ["objective.diffusion.drop.text=0.2"])
+    for option in ("data.packing.length=64", "train.loss_chunk=8"):
+        with pytest.raises(ValueError, match=r"is for dialogues \(objective\.loss\)"):
+            configuration.load(path, GeneratorRunConfig, [option])
+        assert configuration.load(path, GeneratorRunConfig, [option, "objective.loss={language: 1.0}"]).train

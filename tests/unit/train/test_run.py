@@ -21,6 +21,7 @@ from accessory.peft.quantize import Quantization
 from accessory.serve import chat
 from accessory.train import checkpoint, objective
 from accessory.train import run as running
+from accessory.train.disjoint import RowGroup
 from accessory.train.outline import outline
 from accessory.train.run import RunConfig, main_config, run, warm_start
 from tests.tiny import tiny_model, tiny_model_dir
@@ -255,3 +256,54 @@ def test_the_plan_and_the_export_show_what_the_base_decides(tmp_path: Path, caps
     assert "max_length: 128" in (result.final / "run.yaml").read_text()
     again = configuration.load(result.final / "run.yaml", RunConfig)  # what is shown can be run
     assert run(replace(again, data=config.data), "auto", folder=tmp_path) is not None
+
+
+def test_a_cut_run_goes_on_with_its_packs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bit for bit, in the middle of a window, with rows waiting for the next one."""
+    options = [
+        "data.packing={length: 70, tiles: 3}", "data.window=2", "train.batch_size=1", "train.min_lr=5.0e-3",
+        "train.warmup_steps=0", "train.loss_chunk=3",
+    ]  # fmt: skip
+
+    def go(name: str, *stops: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        config = configuration.load(write_squares(tmp_path, 9), RunConfig, options)
+        for stop in stops:
+            train = replace(config.train, output_dir=str(tmp_path / name), max_steps=stop, checkpoint_every=stop)
+            run(replace(config, train=train), "auto", folder=tmp_path)
+        state = checkpoint.load(tmp_path / name / f"step-{stops[0]:06d}").state
+        return dict(checkpoint.load(tmp_path / name / "step-000009").trainable), state["ranks"][0]["data"]
+
+    caplog.set_level(logging.INFO)
+    (whole, _), (parts, state) = go("whole", 9), go("parts", 4, 9)
+    assert state["given"] == 1
+    assert state["held"]
+    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+    assert "packs of 70 positions were" in caplog.text
+    options[0] = "data.packing=null"
+    assert any(not torch.equal(v, whole[k]) for k, v in go("plain", 9)[0].items())
+
+
+def test_a_dry_run_says_how_full_packs_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = write_squares(tmp_path, 2)
+    assert main_config(path, ["data.packing.length=70", "data.window=4"], dry_run=True) is None
+    assert "packs of 70 positions were 9" in caplog.text
+    caplog.clear()
+    assert main_config(path, dry_run=True) is None
+    assert "packs of" not in caplog.text
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    config = experiment(tmp_path)
+    group = RowGroup("all", ("*",), ("*",))
+    with pytest.raises(ValueError, match="loss_chunk computes scores again"):
+        run(
+            replace(
+                config,
+                objective=replace(config.objective, disjoint=(group,)),
+                train=replace(config.train, loss_chunk=4),
+            ),
+            folder=tmp_path,
+        )
+    with pytest.raises(ValueError, match="loss_chunk is 0"):
+        replace(config.train, loss_chunk=0)

@@ -193,7 +193,8 @@ class Loader:
         self.ledger.load_state_dict(self._state["ledger"])
         stream = self._encoded(step)
         while True:
-            book, taken = self.ledger.state_dict(), []
+            book = self.ledger.state_dict()
+            taken: list[int] = []
             batches, following = self._window(stream, step)
             for i, rows in enumerate(batches):
                 taken = [*taken, *(row.draw for row in rows)]

@@ -155,8 +155,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the caller stands: the rank's draw at which its window begins, and how many batches of it it has."""
+        order = [list(self._order.left), self._order.start]
         return {
-            **self._state, "fingerprint": self.mixture.fingerprint(), "deal": [list(self._order.left), self._order.start],
+            **self._state, "fingerprint": self.mixture.fingerprint(), "deal": order,
             "batch_size": self.batch_size, "window": self.window, "world": self.world,
         }  # fmt: skip
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -28,6 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, TensorWriteData, WriteItem
 from torch.distributed.checkpoint.planner import WriteItemType as Kind
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
 from accessory.parallel.layout import Layout, local
@@ -53,7 +54,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], layout: Layout, group: An
     writer = _Writer(str(folder), fqn_to_index_mapping=files, save_distributed=True)
     alone = group is None
     with _told():
-        dcp.save(dict(tensors), storage_writer=writer, planner=_Save(layout), process_group=group, no_dist=alone)
+        save(dict(tensors), storage_writer=writer, planner=_Save(layout), process_group=group, no_dist=alone)
     return [*writer.files]
 
 
@@ -66,7 +67,7 @@ def read(folder: Path, layout: Layout) -> dict[str, Tensor]:
     """
     planner = _Load(layout)
     with _told():
-        dcp.load({}, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner, no_dist=True)
+        load({}, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner, no_dist=True)
     return planner.parts
 
 

@@ -308,13 +308,13 @@ def load(path: Path, layout: Layout | None = None) -> Checkpoint:
             files = {kind: path / f"{kind}.safetensors" for kind in KINDS}
             parts = {kind: layout.own(load_file(file)) if file.is_file() else {} for kind, file in files.items()}
         else:
-            parts = {kind: {} for kind in KINDS}
+            parts = {kind: dict[str, Tensor]() for kind in KINDS}
             for name, tensor in storage.read(path, layout).items():
                 kind, _, own = name.partition("/")
                 parts[kind][own] = tensor
     except (OSError, SafetensorError, RuntimeError, AssertionError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Resume from an earlier checkpoint.") from error
-    return Checkpoint(state=state, **parts)
+    return Checkpoint(parts["trainable"], parts["optimizer"], state, average=parts["average"])
 
 
 def _manifest(path: Path) -> dict[str, list[Any]] | None:

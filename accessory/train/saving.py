@@ -46,8 +46,9 @@ class Saver:
         if not self.background:
             self._write(step, content)
             return
-        copies = {kind: _copied(getattr(content, kind)) for kind in checkpoint.KINDS}
-        content = replace(content, **copies)
+        copies = (_copied(tensors) for tensors in (content.trainable, content.optimizer, content.average))
+        trainable, optimizer, average = copies
+        content = replace(content, trainable=trainable, optimizer=optimizer, average=average)
         self._thread = threading.Thread(target=self._write, args=(step, content), name="checkpoint", daemon=True)
         self._thread.start()
 

@@ -154,7 +154,7 @@ class Life:
         """For both to end, or for something else."""
         limit = time.monotonic() + seconds
         while not self.ended() and not until() and time.monotonic() < limit:
-            time.sleep(0.0005)
+            time.sleep(0.002)
 
     def signal(self, number: int, ranks: Sequence[int] = range(RANKS)) -> None:
         for rank in ranks:
@@ -165,6 +165,10 @@ class Life:
         """What a rank does; what its writer does, where that does something."""
         main, writer = self.seen[2 * rank], self.seen[2 * rank + 1]
         return PHASES[(writer or main) - 1] if writer or main else "starts"
+
+    def saves(self, rank: int) -> bool:
+        """Whether a rank's writer does something."""
+        return bool(self.seen[2 * rank + 1])
 
     def finish(self) -> None:
         self.signal(signal.SIGKILL)
@@ -195,11 +199,15 @@ def in_peace(home: Path, plan: str, spoil: bool = False, name: str = "peace") ->
 def strike(folder: Path, plan: str, fault: str, chance: random.Random) -> tuple[str, bool]:
     """One life with a fault in it. Returns what it struck, and whether the run came to its end before."""
     room = chance.randrange(12_000) if fault == "full" else None
-    life = Life(folder, plan, room)
-    if chance.random() > 0.15:  # else it may not have begun
+    life, victim = Life(folder, plan, room), chance.randrange(RANKS)
+    if fault in ("torn", "marker"):  # two, so that one is left
+        life.wait(60, lambda: len(checkpoint.complete(folder)) > 1)
+    elif chance.random() < 0.5:
+        life.wait(60, lambda: life.saves(victim))
+    elif chance.random() < 0.7:  # else it may not have begun
         life.wait(60, lambda: life.phase(0) not in ("starts", "reads"))
-    life.wait(chance.uniform(0, 0.5))
-    victim, early = chance.randrange(RANKS), life.ended()
+    life.wait(chance.choice((0.02, 0.1, 0.5)) * chance.random())
+    early = life.ended()
     phase = life.phase(victim)
     if fault == "term":
         life.signal(signal.SIGTERM)

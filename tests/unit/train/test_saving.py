@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from accessory.peft.attach import trainable_state
 from accessory.train import checkpoint
 from accessory.train.config import EmaConfig, TrainConfig
 from accessory.train.consolidate import model_folder
 from accessory.train.loop import Hooks, Trainer, train
-from tests.toy import ToySource, toy_model, toy_objective
+from accessory.train.optim import Optimizer
+from tests.toy import ToyModel, ToySource, toy_model, toy_objective
 
 
 @pytest.fixture
@@ -58,6 +60,42 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         one, other = (checkpoint.load(checkpoint.folder(c.output_dir, step)).tensors() for c in (config, peace))
         assert equal(one, other)
         assert not equal(one, checkpoint.load(checkpoint.folder(config.output_dir, step + 2)).tensors())
+
+
+class Blocks(ToyModel):
+    """A matrix in a block, which Muon takes."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, ids: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids, tiles) + self.output(self.blocks[0](self.embed(ids)).relu())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_every_optimizer_and_its_average_go_on_exactly(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, optimizer: Any, beside: bool
+) -> None:
+    config = replace(config, optimizer=optimizer, save_beside=beside, min_lr=config.lr, ema=EmaConfig(0.8))
+
+    def run(folder: str, *stops: int, forgetful: bool = False) -> dict[str, Any]:
+        for stop in stops:
+            own = replace(config, output_dir=f"{config.output_dir}-{folder}", max_steps=stop)
+            torch.manual_seed(0)
+            model = Blocks()
+            with monkeypatch.context() as patch:
+                if forgetful:
+                    patch.setattr(Optimizer, "load_state", lambda self, state: None)
+                path = train(model, ToySource(), toy_objective, own, resume="auto").checkpoint
+        return checkpoint.load(path).tensors()
+
+    whole = run("whole", 6)
+    assert any("momentum_buffer/blocks" in name for name in whole) is (optimizer == "muon")
+    assert any("exp_avg/" in name for name in whole)
+    assert equal(run("parts", 3, 4, 6), whole)
+    assert not equal(run("forgetful", 3, 6, forgetful=True), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accessory.schema import Batch
+from accessory.data.rows import RowRejected
+from accessory.schema import Batch, Encoded, Sample
 from accessory.tokens import IGNORE
 
 VOCAB, LENGTH, PIXELS = 11, 6, 2
@@ -77,6 +78,37 @@ class ToySource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.given = state["given"]
+
+
+class ToyRows:
+    """Endless rows for a mixture; every ``bad``-th cannot be read."""
+
+    name, weight, unbounded = "toy", 1.0, True
+
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.bad is not None and index % self.bad == 3:
+            raise RowRejected("broken", self.name, index)
+        return Sample((), self.name, index)
+
+
+class ToyEncoder:
+    """Tokens, and in every second row a picture, by the row's number."""
+
+    tile_size, pad_id = PIXELS, 0
+
+    def encode(self, sample: Sample) -> Encoded:
+        g = torch.Generator().manual_seed(sample.index)
+        ids = torch.randint(0, VOCAB, (LENGTH - sample.index % 3,), generator=g)
+        labels = ids.roll(-1)
+        labels[: sample.index % 3] = IGNORE
+        tiles = torch.rand(sample.index % 2, 3, PIXELS, PIXELS, generator=g)
+        return Encoded(ids, labels, tiles, sample.source, sample.index)
 
 
 def toy_objective(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:

@@ -1,7 +1,8 @@
 """``python -m accessory convert SRC DST``: weights from one layout to another; the only place that reads pickles.
 
 A model or generator folder of ours (``runs/NAME/final``) becomes one to hand on: ``--dtype`` makes it smaller,
-``--base`` names the base as others have it.
+``--base`` names the base as others have it. A checkpoint (``runs/NAME/step-NNNNNN``) counts as the folder that its run
+would have exported then.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ _DEFAULTS = {"source": "auto", "overlay": (), "sparse": False, "skip_gate": Fals
 def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the verb."""
     parser = sub.add_parser("convert", help="convert weights between layouts")
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder of weights, a .gguf file, or a trained folder")
+    parser.add_argument(
+        "src", type=Path, metavar="SRC", help="folder of weights, a .gguf file, or a trained folder or checkpoint"
+    )
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
     layouts = ("auto", "accessory", "hf", "meta", "gguf")
     parser.add_argument("--from", dest="source", choices=layouts, default="auto", help="layout of SRC (default: auto)")
@@ -97,8 +100,11 @@ def main(args: argparse.Namespace) -> int:
     from accessory.backbone.hf import TOKENIZER_FILES, has_tokenizer
     from accessory.backbone.weights import detect
     from accessory.peft.quantize import Quantization
+    from accessory.train.checkpoint import MARKER
 
     spec = Quantization.parse(args.quantize) if args.quantize is not None else None
+    if (args.src / MARKER).is_file():
+        return _checkpoint(args)
     trained = (args.src / "config.yaml").is_file()
     _check(args, trained)
     if trained:
@@ -336,6 +342,19 @@ def _adapter(args: argparse.Namespace) -> int:
     kind = write_release(args.src, args.dst)
     print(f"{args.dst}/{kind}.pth: what {args.src} has beside its language model and its encoder")
     return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    """What a checkpoint's run would have exported, converted."""
+    from tempfile import TemporaryDirectory
+
+    from accessory.train.consolidate import model_folder
+
+    args.dst.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{args.dst.name}.", dir=args.dst.parent) as private:
+        model_folder(args.src, Path(private) / "final")
+        args.src = Path(private) / "final"
+        return main(args)
 
 
 def _trained(args: argparse.Namespace, spec: Quantization | None) -> int:

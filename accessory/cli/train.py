@@ -22,7 +22,8 @@ def add_parser(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train. 0 when done, also when asked to stop by SIGTERM (all is saved); 130 after Ctrl-C.
+    """Train. 0 when done; when asked to stop, all is saved and ``--resume auto`` goes on: 143 after a SIGTERM, which
+    tells a scheduler to queue it again, 130 after Ctrl-C.
 
     Under torchrun every rank runs this; only rank 0 logs.
     """
@@ -42,4 +43,5 @@ def main(args: argparse.Namespace) -> int:
         print(main_outline(args.config, args.overrides))
         return 0
     result = verb.main_config(args.config, args.overrides, args.resume, dry_run=args.dry_run)
-    return 128 + signal.SIGINT if result is not None and result.reason == "SIGINT" else 0
+    stopped = result is not None and result.reason in ("SIGTERM", "SIGINT")
+    return 128 + signal.Signals[result.reason] if stopped else 0

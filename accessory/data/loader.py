@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from accessory.data.collate import collate
+from accessory.data.deal import Deal, remaining
 from accessory.data.mixture import Ledger, Mixture, check_fingerprint
 from accessory.data.packing import PackingConfig, knapsack
 from accessory.data.rows import RowRejected
@@ -161,6 +162,7 @@ class Loader:
         self.world = world
         self.ledger = ledger or Ledger()
         self.packing = packing
+        self._order = Deal()
         self._packed = [0, 0]  # positions and packs handed out
         self._state: dict[str, Any] = self._place(0, 0, [], self.ledger.state_dict())
 
@@ -172,8 +174,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the caller stands: the rank's draw at which its window begins, which rows wait from earlier ones, the
-        number of the window, and how many batches of it the caller has."""
-        return {**self._state, "fingerprint": self.mixture.fingerprint(), **self._settings()}
+        number of the window, and how many batches of it the caller has, with which draws."""
+        order = {"deal": [list(self._order.left), self._order.start]}
+        return {**self._state, **order, "fingerprint": self.mixture.fingerprint(), **self._settings()}
 
     def _settings(self) -> dict[str, Any]:
         packing = None if self.packing is None else asdict(self.packing)
@@ -181,7 +184,8 @@ class Loader:
 
     @staticmethod
     def _place(step: int, number: int, held: Sequence[Encoded], book: Mapping[str, int]) -> dict[str, Any]:
-        return {"step": step, "number": number, "held": [r.draw for r in held], "given": 0, "ledger": dict(book)}
+        waiting = [r.draw for r in held]
+        return {"step": step, "number": number, "held": waiting, "given": 0, "taken": [], "ledger": dict(book)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch after the last one received; ValueError when the stream would be another."""
@@ -190,14 +194,34 @@ class Loader:
             then = state.get(key)
             if then != now:
                 raise ValueError(f"an exact resume needs the same {key}: {then} then, {now} now")
-        place, count = {"held": [], **state}, self.batch_size * self.window
+        place, count = {"held": [], "taken": [], **state}, self.batch_size * self.window
         if "number" not in place:  # of a version that counted draws; without a rejected row they tell the window
             if place["step"] % count:
                 raise ValueError(
                     f"the checkpoint is of a version that dealt rows otherwise from draw {place['step']} on"
                 )
             place["number"] = place["step"] // count
+        left, start = state.get("deal", ([], 0))
+        self._order = Deal(tuple(left), start)
         self._state = {k: place[k] for k in self._state}
+
+    def dealt_anew(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A state for this rank of those that all ranks, of another number, had: nobody read what it begins with.
+
+        Raises:
+            ValueError: for states of a version that did not say which rows they had handed out of a window.
+        """
+        if bad := [s for s in states if s["given"] and not s.get("taken")]:
+            raise ValueError(f"a checkpoint of {len(states)} ranks does not say what {bad[0]['given']} batches held")
+        states = [{"held": [], "taken": [], "number": 0, **state} for state in states]
+        left, start = states[0].get("deal", ([], 0))
+        deal = remaining(Deal(tuple(left), start), states)
+        book = {"seen": 0, "bad": 0}
+        if self.rank == 0:  # which keeps the book of what was before
+            book = {name: sum(state["ledger"][name] for state in states) for name in book}
+            book["seen"] += sum(len(state["taken"]) - len(state["held"]) for state in states)  # those are read again
+        place = self._place(0, 1 + max(state["number"] for state in states), [], book)
+        return {**states[0], **place, "deal": [list(deal.left), deal.start], "world": self.world}
 
     def __iter__(self) -> Iterator[Batch]:
         place = dict(self._state)
@@ -210,12 +234,16 @@ class Loader:
             rows, step = self._gather(stream, held, step)
             batches, held = self._deal(rows, begin["held"], number)
             number += 1
+            taken: list[int] = []
             for i, batch in enumerate(batches, start=1):
+                taken = [*taken, *(row.draw for row in batch)]
                 if i <= skip:
                     continue
                 done = i == len(batches)
                 self._state = (
-                    self._place(step, number, held, self.ledger.state_dict()) if done else {**begin, "given": i}
+                    self._place(step, number, held, self.ledger.state_dict())
+                    if done
+                    else {**begin, "given": i, "taken": taken}
                 )
                 yield self._collated(batch)
             skip = 0
@@ -238,7 +266,7 @@ class Loader:
         loader: DataLoader[_Packed] = DataLoader(
             _Draws(self.mixture, self.encoder),
             batch_size=None,
-            sampler=_Chunks(start, self.rank, self.world),
+            sampler=_Chunks(self._order, start, self.rank, self.world),
             num_workers=self.num_workers,
             # A window of rows ahead: fewer would let a step wait for the rest of its window.
             prefetch_factor=self._ahead() if self.num_workers else None,
@@ -311,11 +339,11 @@ class Loader:
 class _Chunks:
     """Endless chunks of one rank's draws."""
 
-    def __init__(self, start: int, rank: int, world: int) -> None:
-        self._start, self._rank, self._world = start, rank, world
+    def __init__(self, deal: Deal, start: int, rank: int, world: int) -> None:
+        self._order, self._start, self._rank, self._world = deal, start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self._start
         while True:
-            yield [i * self._world + self._rank for i in range(step, step + _CHUNK)]
+            yield [self._order[i * self._world + self._rank] for i in range(step, step + _CHUNK)]
             step += _CHUNK

@@ -118,6 +118,11 @@ def data_rank() -> int:
     return rank() // tensor_size()
 
 
+def beside() -> Any:
+    """A new group of all ranks on the CPU, for a thread beside the training; None on one process. All ranks call it."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
 def _size(over: Over) -> int:
     return {"data": data_size, "tensor": tensor_size, "all": world_size}[over]()
 
@@ -177,10 +182,13 @@ def gather(tensor: Tensor, over: Over) -> list[Tensor]:
     return out
 
 
-def gather_objects(value: Any, over: Over = "all") -> list[Any]:
-    """The picklable ``value`` of these ranks, in their order, on every one of them."""
+def gather_objects(value: Any, over: Over = "all", among: Any = None) -> list[Any]:
+    """The picklable ``value`` of these ranks, in their order, on every one of them.
+
+    ``among``: a group of :func:`beside` to ask in.
+    """
     if _size(over) == 1:
         return [value]
     out: list[Any] = [None] * _size(over)
-    dist.all_gather_object(out, value, group(over))
+    dist.all_gather_object(out, value, among or group(over))
     return out

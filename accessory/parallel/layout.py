@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,18 +94,36 @@ class Layout:
         return {name: self._own(name, tensor) for name, tensor in tensors.items()}
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
-        place = self.place(name)
-        if not tensor.ndim:
-            return tensor
-        if place.axis is not None:
-            tensor = share(name, tensor, place.axis)
-        if place.rows is None:
-            return tensor
-        if len(tensor) != place.rows:
-            raise ValueError(f"{name} has {len(tensor)} rows on a tensor rank, not {place.rows}")
-        size = -(-place.rows // groups.data_size())
-        start = min(groups.data_rank() * size, place.rows)
-        return tensor[start : start + size]
+        begin, sizes = self.part(name, tensor.shape)
+        return tensor[tuple(slice(b, b + n) for b, n in zip(begin, sizes, strict=True))]
+
+    def part(self, name: str, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Where this rank's part of a whole tensor lies in it: the first index and the length along every axis.
+
+        Raises:
+            ValueError: for a tensor that cannot be cut so, naming it.
+        """
+        place, begin, sizes = self.place(name), [0] * len(shape), list(shape)
+        if sizes and place.axis is not None:
+            sizes[place.axis] = even(name, shape, place.axis)
+            begin[place.axis] = groups.tensor_rank() * sizes[place.axis]
+        if sizes and place.rows is not None:
+            if sizes[0] != place.rows:
+                raise ValueError(f"{name} has {sizes[0]} rows on a tensor rank, not {place.rows}")
+            size = -(-place.rows // groups.data_size())
+            start = min(groups.data_rank() * size, place.rows)
+            begin[0] += start
+            sizes[0] = min(size, place.rows - start)
+        return begin, sizes
+
+    def whole_shape(self, name: str, part: Tensor) -> list[int]:
+        """Shape of the whole tensor that this is this rank's part of."""
+        place, shape = self.place(name), list(part.shape)
+        if shape and place.rows is not None:
+            shape[0] = place.rows
+        if shape and place.axis is not None:
+            shape[place.axis] *= self.plan.tensor
+        return shape
 
     def agree(self, gradients: Mapping[str, Tensor]) -> None:
         """Give all ranks of a tensor group the first one's gradients of what each of them holds whole, in place.
@@ -144,10 +162,16 @@ def local(tensor: Tensor) -> Tensor:
 
 def share(name: str, tensor: Tensor, axis: int) -> Tensor:
     """This tensor rank's part of a whole tensor, a view of it; ValueError where it cannot be cut evenly."""
+    size = even(name, tensor.shape, axis)
+    return tensor.narrow(axis, groups.tensor_rank() * size, size)
+
+
+def even(name: str, shape: Sequence[int], axis: int) -> int:
+    """Length along ``axis`` of a tensor rank's part of a tensor of this shape; ValueError where it is no whole one."""
     size = groups.tensor_size()
-    if axis >= tensor.ndim or tensor.shape[axis] % size:
-        raise ValueError(f"parallel.tensor {size} does not divide axis {axis} of {name} {tuple(tensor.shape)}")
-    return tensor.chunk(size, axis)[groups.tensor_rank()]
+    if axis >= len(shape) or shape[axis] % size:
+        raise ValueError(f"parallel.tensor {size} does not divide axis {axis} of {name} {tuple(shape)}")
+    return shape[axis] // size
 
 
 def _joined_rows(part: Tensor, rows: int) -> Tensor:

@@ -97,7 +97,8 @@ class TrainConfig:
     hidden matrices by :class:`torch.optim.Muon` (same learning rates, as its updates are scaled to AdamW's size) and
     all others by AdamW; adamw8bit keeps AdamW's moments in a byte each. ``loss_chunk``: at most so many learned
     positions have their scores over the vocabulary in memory at a time; null: all of a micro-batch. ``log_every`` and
-    ``checkpoint_every`` count updates.
+    ``checkpoint_every`` count updates; of checkpoints the newest ``keep_last`` stay. ``save_beside`` copies what a rank
+    saves in main memory and writes it while training goes on; without it nothing is copied and training waits.
     """
 
     output_dir: str
@@ -117,6 +118,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     checkpoint_every: int = 500
     keep_last: int = 2
+    save_beside: bool = True
     log_every: int = 10
     seed: int = 0
     compile: bool = False

@@ -21,11 +21,13 @@ from accessory.parallel.layout import Layout
 from accessory.schema import Batch
 from accessory.train import blocks as block_tools
 from accessory.train import checkpoint, rng
-from accessory.train.config import TrainConfig, check_resumed
+from accessory.train.config import TrainConfig
+from accessory.train.consolidate import FINAL
 from accessory.train.ema import Average
 from accessory.train.metrics import Clock, Metrics, Window, source_names
 from accessory.train.optim import Optimizer, check_names, learning_rate, trained_buffers
 from accessory.train.parts import PartNorms, PartObjective, RestingObjective
+from accessory.train.saving import Saver, compare, restore
 from accessory.train.signals import Interrupts
 
 if TYPE_CHECKING:  # the loop takes any objective; importing ours would import the models
@@ -127,7 +129,8 @@ class Trainer:
         self.optimizer.publish()
         self.average = None if config.ema is None else Average(config.ema, self.optimizer.masters)
         self.part_norms: dict[str, float] = {}
-        found = checkpoint.resolve(resume, self.output_dir)
+        self.saver = Saver(self.output_dir, config.keep_last, self.layout, background=config.save_beside)
+        found = checkpoint.sound(resume, self.output_dir)
         history = 0 if found is None else self._resume(found)
         self.began = self.step
         self.metrics: Metrics | None = None
@@ -157,6 +160,7 @@ class Trainer:
                     if self.step % self.config.checkpoint_every == 0:
                         self._save()
         finally:
+            self.saver.close()
             if self.metrics is not None:
                 self.metrics.close()
 
@@ -182,6 +186,7 @@ class Trainer:
             self._log(*self.numbers)
             self.saved = None  # a checkpoint of this very step knows nothing of the row
         path = self._save()
+        self.saver.wait()
         final = self._export() if ended else None
         if self.metrics is not None:
             if ended and self.step > self.began and self.optimizer.unseen:
@@ -289,6 +294,7 @@ class Trainer:
 
     def _diverged(self, what: str, sources: list[tuple[str, ...]]) -> None:
         everywhere = [s for part in groups.gather_objects(sources, "data") for s in part]
+        self.saver.close()  # the last good one may be on its way
         good = checkpoint.latest(self.output_dir)
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         come = source_names(everywhere)
@@ -315,32 +321,34 @@ class Trainer:
         return {**self.optimizer.masters, **self.buffers}
 
     def _save(self) -> Path:
-        """Checkpoint this step, unless that is done. All ranks fail together, or none does."""
+        """Checkpoint this step, unless that is done or begun."""
         target = checkpoint.folder(self.output_dir, self.step)
         if self.saved == target:
             return target
         ranks = groups.gather_objects({"data": self.source.state_dict(), "rng": rng.state()}, "data")
+        state: dict[str, Any] = {}
+        if self.metrics is not None:
+            state = {
+                "export": {n: str(t.dtype).removeprefix("torch.") for n, t in self._exported().items()},
+                "averaged": self.average is not None and self.average.config.export,
+                "step": self.step,
+                "elapsed": self.clock.elapsed,
+                "history": self.metrics.position,
+                "window": self.window.state(),
+                "ranks": ranks,
+            }
         average = {} if self.average is None else self.average.values
-        trainable, optimizer, average = (
-            self.layout.whole(t) for t in (self.trainable(), self.optimizer.state(), average)
-        )
-        with checkpoint.together():
-            if self.metrics is not None:
-                state = {
-                    "step": self.step,
-                    "elapsed": self.clock.elapsed,
-                    "history": self.metrics.position,
-                    "window": self.window.state(),
-                    "ranks": ranks,
-                }
-                content = checkpoint.Checkpoint(trainable, optimizer, state, self._texts(), average)
-                checkpoint.save(self.output_dir, self.step, content)
-                checkpoint.prune(self.output_dir, self.config.keep_last)
+        texts = {**self._texts(), **{f"{FINAL}{name}": text for name, text in self.hooks.texts.items()}}
+        content = checkpoint.Checkpoint(self.trainable(), self.optimizer.state(), state, texts, average)
+        self.saver.save(self.step, content)
         self.saved = target
         return target
 
     def _texts(self) -> dict[str, str]:
         return {"config.yaml": self.hooks.resolved or configs.dump(self.config), "versions.json": self.versions}
+
+    def _exported(self) -> Mapping[str, Tensor]:
+        return self.trainable() if self.hooks.export is None else self.hooks.export(self.model)
 
     def _export(self) -> Path:
         """``final/``: the trainable part alone, averaged where that is wanted, with its configuration."""
@@ -349,7 +357,7 @@ class Trainer:
         if self.average is not None and self.average.config.export:
             swap = self.average.applied(self.optimizer.publish)
         with checkpoint.together(), swap:
-            state = self.layout.whole(self.trainable() if self.hooks.export is None else self.hooks.export(self.model))
+            state = self.layout.whole(self._exported())
             if self.metrics is not None:
                 texts = {**self._texts(), **self.hooks.texts}  # with the tensors, so that no half of it is ever seen
                 checkpoint.write_folder(target, {"trainable.safetensors": state}, texts)
@@ -357,38 +365,23 @@ class Trainer:
 
     def _resume(self, path: Path) -> int:
         """Take everything from a checkpoint. Returns the length of metrics.jsonl at that time."""
-        content = checkpoint.load(path)
-        self._compare(path)
+        compare(path, self.hooks.resolved)
+        content = checkpoint.load(path, self.layout)
         own = self.trainable()
-        check_names(content.trainable, own, f"{path}/trainable.safetensors")
-        ranks, size = content.state["ranks"], groups.data_size()
-        if len(ranks) != size:
-            what = "ranks" if self.layout.plan.tensor == 1 else "data ranks"
-            raise checkpoint.CheckpointError(f"{path} was made by {len(ranks)} {what}, this run has {size}")
+        check_names(content.trainable, own, f"{path}: what trains")
         with torch.no_grad():
-            for name, value in self.layout.own(content.trainable).items():
+            for name, value in content.trainable.items():
                 if value.shape != own[name].shape:
                     raise ValueError(f"{path}: {name} has shape {list(value.shape)}, not {list(own[name].shape)}")
                 own[name].copy_(value)
         self.optimizer.publish()
-        self.optimizer.load_state(self.layout.own(content.optimizer))
+        self.optimizer.load_state(content.optimizer)
         if self.average is not None:
-            self.average.load(self.layout.own(content.average))
-        mine = ranks[groups.data_rank()]
-        self.source.load_state_dict(mine["data"])
+            self.average.load(content.average)
+        restore(self.source, content.state["ranks"], path)
         self.step, self.saved = content.state["step"], None
         if path.resolve().parent == self.output_dir.resolve():
             self.saved = path
         self.clock = Clock(before=content.state["elapsed"])
         self.window = Window(**content.state["window"])
-        rng.restore(mine["rng"])
         return int(content.state["history"])
-
-    def _compare(self, path: Path) -> None:
-        """Refuse a checkpoint of another model or other data; say what else is no longer as it was."""
-        kept = path / "config.yaml"
-        if not self.hooks.resolved or not kept.is_file():
-            return
-        before = configs.parse(kept.read_text(encoding="utf-8"), str(kept))
-        for line in check_resumed(before, configs.parse(self.hooks.resolved), str(path)):
-            LOG.info("changed since the checkpoint: %s", line)

@@ -103,7 +103,7 @@ def test_resume_keeps_every_ranks_state(config: TrainConfig, tmp_path: Path) -> 
     assert state["ranks"][0]["rng"] != state["ranks"][1]["rng"]
     for name in whole[0]:
         assert np.array_equal(whole[0][name], parts[0][name]), name
-    with pytest.raises(checkpoint.CheckpointError, match="made by 2 ranks, this run has 1"):
+    with pytest.raises(checkpoint.CheckpointError, match="made by 2 data ranks, this run has 1"):
         train(
             toy_model(), Rank(0, 2), toy_objective, replace(config, output_dir=str(tmp_path / "parts")), resume="auto"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,22 @@ import torch
 from safetensors.torch import load_file
 
 from accessory import config as configuration
+from accessory.__main__ import main
+from accessory.data.loader import Loader
+from accessory.data.mixture import Mixture
 from accessory.models import build
 from accessory.parallel.layout import Layout, ParallelConfig, Place
+from accessory.parallel.shard import parallelize
 from accessory.peft.attach import LoraSpec, load_trainable, trainable_state
+from accessory.train import checkpoint
 from accessory.train.config import EmaConfig, TrainConfig
+from accessory.train.loop import Hooks, train
 from accessory.train.run import RunConfig, run
 from tests.distributed.helpers import run_ranks
 from tests.distributed.spread import EVERYTHING, Mixed, apart, column, config, made, trained
+from tests.toy import ToyEncoder, ToyRows, toy_model, toy_objective
 from tests.unit.train.squares import write_squares
 
-FILES = ("trainable", "optimizer", "average")
 SPECS = (LoraSpec(rank=3, alpha=6.0), *EVERYTHING[1:])  # data ranks drop other things
 
 
@@ -52,7 +59,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 def folder(path: Path, step: int) -> dict[str, Any]:
     """All tensors of a checkpoint."""
-    return {f"{f}:{n}": t for f in FILES for n, t in load_file(path / f"step-{step:06d}" / f"{f}.safetensors").items()}
+    found = checkpoint.load(path / f"step-{step:06d}")
+    return {f"{f}:{n}": t for f in checkpoint.KINDS for n, t in getattr(found, f).items()}
 
 
 def test_two_ranks_then_one_then_two(straight: tuple[Path, list[dict[str, float]]], tmp_path: Path) -> None:
@@ -99,8 +107,45 @@ def test_an_experiment_ends_in_the_folder_of_one_process(tmp_path: Path) -> None
     one, alone = final("one", ParallelConfig())
     assert loss == same == pytest.approx(alone, rel=1e-5)
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    # What two ranks saved, in parts, becomes that folder too, and what convert makes of it is the same.
+    saved = checkpoint.latest(two.parent)
+    assert saved is not None
+    assert not (saved / "trainable.safetensors").exists()
+    made = [tmp_path / "made", tmp_path / "from-final"]
+    for source, folder in zip((saved, two), made, strict=True):
+        assert main(["convert", str(source), str(folder), "--skip-gate"]) == 0
+    assert [{p.name: p.read_bytes() for p in f.iterdir()} for f in made[:1]] == [
+        {p.name: p.read_bytes() for p in f.iterdir()} for f in made[1:]
+    ]
     weights = [dict(build.load(f).net.named_parameters()) for f in (one, two)]
     assert apart(*({n: p.detach() for n, p in w.items()} for w in weights)) < 1e-2
+
+
+def test_other_numbers_of_copies_read_on_where_these_stopped(tmp_path: Path) -> None:
+    """2 copies, 1, 4 that cut the parameters, 2: every update sees the rows of one process that never stopped."""
+
+    def further(home: Path, steps: int, world: int = 1, data: Any = "ddp") -> Callable[[int], Any]:
+        def work(rank: int) -> list[dict[str, float]]:
+            plan = ParallelConfig(data=data)
+            own = settings(home, steps, plan, accumulation=1, batch_size=1, global_batch=4).on(world)
+            model = toy_model()
+            layout = parallelize(model, plan, [model.embed, model.output])
+            source = Loader(Mixture([ToyRows()], 3), ToyEncoder(), 1, rank=rank, world=world)
+            train(model, source, toy_objective, own, resume="auto", hooks=Hooks(layout=layout))
+            return [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+
+        return work
+
+    wanted = further(tmp_path / "straight", 9)(0)
+    home = tmp_path / "run"
+    run_ranks(further(home, 3, 2), 2)
+    further(home, 5)(0)
+    run_ranks(further(home, 7, 4, "fsdp"), 4)
+    rows = run_ranks(further(home, 9, 2), 2)[0]
+    for name in ("loss", "grad_norm"):
+        assert torch.allclose(column(rows, name), column(wanted, name), rtol=1e-5), name
+    assert float((column(rows, "loss")[:-1] - column(rows, "loss")[1:]).abs().min()) > 1e-4  # other rows would show
+    assert apart(folder(tmp_path / "straight", 9), folder(home, 9)) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])

@@ -42,7 +42,7 @@ def test_a_signal_to_the_whole_group_saves_and_exits(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=100)
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 143, said  # a scheduler may queue it again
     saved = checkpoint.latest(run)
     assert saved is not None, said
     step = json.loads((saved / "state.json").read_text())["step"]

@@ -198,7 +198,7 @@ def test_ctrl_c_is_told_to_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("accessory.log.setup", lambda: None)  # it would cut other tests off the log
 
-    for reason, code in (("SIGINT", 130), ("SIGTERM", 0), ("steps", 0)):
+    for reason, code in (("SIGINT", 130), ("SIGTERM", 143), ("steps", 0)):
         stand_in = SimpleNamespace(main_config=lambda *_, r=reason, **__: SimpleNamespace(reason=r))
         monkeypatch.setattr(accessory.train, "run", stand_in, raising=False)
         monkeypatch.setitem(sys.modules, "accessory.train.run", stand_in)

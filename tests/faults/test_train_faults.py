@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,9 @@ def test_kill_loses_nothing_that_was_complete(tmp_path: Path) -> None:
     assert a == b
 
 
-def test_no_space_is_said_before_writing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_is_said_before_writing(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     usage = namedtuple("usage", "total used free")
     real, calls = shutil.disk_usage, []
 
@@ -106,64 +110,67 @@ def test_no_space_is_said_before_writing(config: TrainConfig, monkeypatch: pytes
         return real(path) if len(calls) == 1 else usage(10**9, 10**9 - 1000, 1000)
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", almost_full)
-    with pytest.raises(CheckpointError, match=r"step-000004: it needs 1\.1 MB and the disk has 0\.0 MB free"):
+    with pytest.raises(CheckpointError, match=r"step-000006: it needs 1\.1 MB and the disk has 0\.0 MB free"):
         train(toy_model(), ToySource(), toy_objective, config)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert [s[: len("no checkpoint of step 4")] for s in said] == [f"no checkpoint of step {n}" for n in (4, 6)]
     assert checkpoint.latest(config.output_dir) == checkpoint.folder(config.output_dir, 2)
     checkpoint.load(checkpoint.folder(config.output_dir, 2))
 
 
-@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors"])
-def test_disk_fills_while_writing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    real = checkpoint.save_file
-
-    def fails(tensors: Any, path: Path) -> None:
-        if path.name == name and "step-000004" in str(path):
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", fails)
-    with pytest.raises(CheckpointError, match=r"step-000004: the disk is full\. Earlier checkpoints are untouched"):
+@pytest.mark.parametrize("beside", [True, False])
+def test_disk_fills_while_writing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, beside: bool) -> None:
+    config = replace(config, save_beside=beside)
+    steps = {4, 6}
+    full_at(monkeypatch, lambda path: path.suffix == ".safetensors" and any(f"{n:06d}" in str(path) for n in steps))
+    with pytest.raises(CheckpointError, match=r"step-000006: the disk is full\. Earlier checkpoints are untouched"):
         train(toy_model(), ToySource(), toy_objective, config)
     assert [p.name for p in sorted(Path(config.output_dir).iterdir())] == ["metrics.jsonl", "step-000002"]
-    monkeypatch.undo()
+    steps.remove(6)  # somebody makes room before the run ends: it goes on and saves what comes next
     model, whole = toy_model(seed=9), toy_model()
     model.frozen.load_state_dict(whole.frozen.state_dict())
-    train(model, ToySource(), toy_objective, config, resume="auto")
+    assert train(model, ToySource(), toy_objective, config, resume="auto").checkpoint.name == "step-000006"
+    assert [p.name for p in checkpoint.complete(config.output_dir)] == ["step-000002", "step-000006"]
+    monkeypatch.undo()
     train(whole, ToySource(), toy_objective, replace(config, output_dir=config.output_dir + "2"))
     for key, value in weights(whole).items():
         assert torch.equal(value, weights(model)[key])
+
+
+def full_at(monkeypatch: pytest.MonkeyPatch, where: Callable[[Path], bool]) -> None:
+    """Files of such paths take half of what is written to them, then the disk is full."""
+    real = Path.open
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            super().write(bytes(data)[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        return Full(self, "w") if "w" in mode and where(self) else real(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
 
 
 @pytest.mark.parametrize("what", ["marker", "prune"])
 def test_late_failures_of_the_disk_are_told_like_early_ones(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    real = checkpoint._write
-
-    def write(path: Path, data: bytes) -> None:
-        real(path, data)
-        if path.name == "COMPLETE" and "step-000004" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
     def prune(*_: Any) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(checkpoint, *(("_write", write) if what == "marker" else ("prune", prune)))
-    with pytest.raises(CheckpointError, match="step-000004: the disk is full" if what == "marker" else "not yours"):
+    if what == "marker":
+        full_at(monkeypatch, lambda path: path.name == "COMPLETE" and "step-000002" not in str(path))
+    else:
+        monkeypatch.setattr(checkpoint, "prune", prune)
+    with pytest.raises(CheckpointError, match="step-000006: the disk is full" if what == "marker" else "not yours"):
         train(toy_model(), ToySource(), toy_objective, config)
-    assert checkpoint.latest(config.output_dir) == checkpoint.folder(config.output_dir, 2)
+    last = 2 if what == "marker" else 6
+    assert checkpoint.latest(config.output_dir) == checkpoint.folder(config.output_dir, last)
 
 
 def test_a_final_folder_is_whole_or_absent(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint._write
-
-    def write(path: Path, data: bytes) -> None:
-        if path.parent.name == ".final.partial" and path.name == "run.yaml":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, data)
-
-    monkeypatch.setattr(checkpoint, "_write", write)
+    full_at(monkeypatch, lambda path: path.parent.name == ".final.partial" and path.name == "run.yaml")
     hooks = Hooks(texts={"config.yaml": "a: 1\n", "run.yaml": "b: 2\n"})
     with pytest.raises(CheckpointError, match="final: the disk is full"):
         train(toy_model(), ToySource(), toy_objective, config, hooks=hooks)
@@ -179,6 +186,7 @@ def test_death_at_the_worst_moment(config: TrainConfig, monkeypatch: pytest.Monk
     class Died(BaseException):
         pass
 
+    config = replace(config, save_beside=False)  # a thread would die alone
     real_rename, real_write = Path.rename, checkpoint._write
 
     def rename(self: Path, target: Any) -> Any:
@@ -196,6 +204,7 @@ def test_death_at_the_worst_moment(config: TrainConfig, monkeypatch: pytest.Monk
     with pytest.raises(Died):
         train(toy_model(), ToySource(), toy_objective, config)
     assert checkpoint.latest(config.output_dir) == checkpoint.folder(config.output_dir, 2)
+    assert (Path(config.output_dir) / ".step-000004.partial").is_dir()
     monkeypatch.undo()
     assert train(toy_model(), ToySource(), toy_objective, config, resume="auto").step == 6
     names = {p.name for p in Path(config.output_dir).iterdir()}

@@ -1,9 +1,11 @@
 """Draw k depends on the seed and k alone; batches do not depend on workers; resuming is exact."""
 
+import contextlib
 import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +166,42 @@ def test_ranks_share_the_stream(mixture: Mixture, encoder: Encoder) -> None:
     alone = Counter(tuple(i[m].tolist()) for b in batches(Loader(mixture, encoder, 8), 18)
                     for i, m in zip(b.ids, b.mask))  # fmt: skip
     assert not alone - (seen[0] + seen[1])
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_other_ranks_go_on_and_no_row_comes_twice_or_never(mixture: Mixture, encoder: Encoder, window: int) -> None:
+    """2 ranks, then 3, then 1, wherever each of them stood."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    states: list[dict[str, Any]] = []
+    for counts in ((7, 4), (1, 0, 5), (21,)):  # the last has read all that was left
+        loaders = [Loader(mixture, encoder, 4, window=window, rank=r, world=len(counts)) for r in range(len(counts))]
+        for made, count in zip(loaders, counts, strict=True):
+            if states:
+                made.load_state_dict(made.dealt_anew(states))
+                assert made.state_dict()["deal"][0]  # without them rows would be lost
+            seen.update(tuple(i[m].tolist()) for b in batches(made, count) for i, m in zip(b.ids, b.mask))
+        states = [made.state_dict() for made in loaders]
+    rows: Counter[tuple[int, ...]] = Counter()
+    for k in itertools.count():
+        if rows.total() == seen.total():
+            break
+        with contextlib.suppress(RowRejected):
+            rows[tuple(encoder.encode(mixture.sample(k)).ids.tolist())] += 1
+    assert seen == rows
+    assert sum(state["ledger"]["seen"] for state in states) == k
+
+
+def test_a_rank_goes_on_in_the_middle_of_what_was_dealt_anew(mixture: Mixture, encoder: Encoder) -> None:
+    first = [Loader(mixture, encoder, 4, window=2, rank=r, world=2) for r in range(2)]
+    for made, count in zip(first, (5, 2), strict=True):
+        batches(made, count)
+    whole, half, rest = (Loader(mixture, encoder, 4, window=2) for _ in range(3))
+    for made in (whole, half):
+        made.load_state_dict(made.dealt_anew([m.state_dict() for m in first]))
+    expected = batches(whole, 9)
+    assert same(batches(half, 3), expected[:3])
+    rest.load_state_dict(json.loads(json.dumps(half.state_dict())))
+    assert same(batches(rest, 6), expected[3:])
 
 
 def test_bad_mixtures_are_refused() -> None:

@@ -198,6 +198,30 @@ def test_packing_resumes_with_what_waits(at: int) -> None:
             loader(Sized(90), packing=other).load_state_dict(state)
 
 
+def test_other_ranks_go_on_with_what_waits_in_these() -> None:
+    """2 ranks in the middle of windows, then 1: every row of what was drawn is in one pack, or waits."""
+    seen: Counter[int] = Counter()
+    first = [loader(Sized(500), rank=rank, world=2) for rank in range(2)]
+    for made, count in zip(first, (5, 3), strict=True):
+        seen.update(i for batch in take(made, count) for i in drawn(batch))
+    states = [made.state_dict() for made in first]
+    assert any(state["held"] for state in states)
+    assert any(state["taken"] for state in states)
+    last = loader(Sized(500))
+    last.load_state_dict(json.loads(json.dumps(last.dealt_anew(states))))
+    for number, batch in enumerate(last):
+        seen.update(drawn(batch))
+        if number >= 20 and last.state_dict()["given"] == 0:
+            break
+    state = last.state_dict()
+    left, start = state["deal"]
+    assert left
+    end = start + state["step"] - len(left)
+    waiting = Counter(last.mixture.draw(k).row for k in state["held"])
+    assert Counter(last.mixture.draw(k).row for k in range(end)) == seen + waiting
+    assert last.ledger.seen == (seen + waiting).total()
+
+
 def test_what_fits_no_pack_is_booked_and_not_cut(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "rejected.jsonl", max_rate=1.0)
     long, tight = Sized(100, long=(17, 55)), PackingConfig(100, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -53,12 +54,82 @@ def test_prune(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000004", "step-000009", "step-by-step"]
 
 
-@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "state.json"])
+def torn(path: Path, name: str, how: str) -> None:
+    """Cut a file that has ``name`` in its own short, or change one bit of it."""
+    file = next(f for f in sorted(path.iterdir()) if name in f.name)
+    data = bytearray(file.read_bytes())
+    if how == "short":
+        del data[-7:]
+    else:
+        data[max(0, len(data) - 3)] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [".safetensors", "state.json"])
 def test_damage_is_named(tmp_path: Path, name: str) -> None:
     path = checkpoint.save(tmp_path, 1, made())
-    (path / name).write_bytes((path / name).read_bytes()[:-7])
+    torn(path, name, "short")
     with pytest.raises(CheckpointError, match=r"step-000001 is damaged: .*Resume from an earlier"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", [".safetensors", "state.json", "x.yaml", "COMPLETE"])
+@pytest.mark.parametrize("how", ["short", "bit", "gone"])
+def test_a_torn_one_is_put_aside_for_the_one_before(tmp_path: Path, name: str, how: str) -> None:
+    old, new = (checkpoint.save(tmp_path, step, made(step)) for step in (1, 2))
+    assert checkpoint.sound("auto", tmp_path) == new
+    if how == "gone":
+        next(f for f in sorted(new.iterdir()) if name in f.name).unlink()
+    else:
+        torn(new, name, how)
+    if name != "COMPLETE":  # without its marker it is none
+        with pytest.raises(CheckpointError, match=r"step-000002 is damaged: .* not as written"):
+            checkpoint.sound(str(new), tmp_path / "other")
+    assert checkpoint.sound("auto", tmp_path) == old
+    assert (tmp_path / "step-000002.damaged").is_dir() is (name != "COMPLETE")
+    torn(old, "state.json", "bit")
+    with pytest.raises(CheckpointError, match="no checkpoint is before it"):
+        checkpoint.sound("auto", tmp_path)  # never from the start without a word
+    assert old.is_dir()
+
+
+def test_checkpoints_of_the_version_before_are_read(tmp_path: Path) -> None:
+    old, content = tmp_path / "step-000003", made(3)
+    tensors = {f"{kind}.safetensors": getattr(content, kind) for kind in ("trainable", "optimizer")}
+    checkpoint.write_folder(old, tensors, {"state.json": json.dumps({"step": 3})})
+    assert checkpoint.sound("auto", tmp_path) is None
+    (old / "COMPLETE").write_text("3\n")
+    assert checkpoint.sound("auto", tmp_path) == old
+    found = checkpoint.load(old)
+    assert found.state == {"step": 3}
+    assert not found.average
+    assert torch.equal(found.trainable["a.t"], content.trainable["a.t"])
+
+
+@pytest.mark.parametrize("moment", ["aside", "new"])
+def test_what_a_save_replaces_is_never_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    path = checkpoint.save(tmp_path, 5, made(1))
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if moment == "new" and self.name.endswith(".partial"):
+            raise KeyboardInterrupt  # the power fails
+        found = real(self, target)
+        if moment == "aside" and target.name.endswith(".old"):
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 5, made(2))
+    monkeypatch.undo()
+    assert not path.exists()
+    assert checkpoint.sound("auto", tmp_path) == path
+    assert torch.equal(checkpoint.load(path).optimizer["exp_avg/a"], made(1).optimizer["exp_avg/a"])
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]
+    checkpoint.save(tmp_path, 5, made(2))
+    assert torch.equal(checkpoint.load(path).optimizer["exp_avg/a"], made(2).optimizer["exp_avg/a"])
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]
 
 
 def test_generators_go_back(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from accessory import config as configuration
 from accessory.cli import train as verb
 from accessory.diffusion.latent_cache import CacheWriter
 from accessory.models.generator import is_generator, load_generator
+from accessory.train import checkpoint
 from accessory.train.generator_run import GeneratorRunConfig, main_config
 from tests.tiny_generator import draw_config, write_captions
 
@@ -44,7 +45,7 @@ def test_the_verb_trains_a_generator(tmp_path: Path, capsys: pytest.CaptureFixtu
     final = tmp_path / "run" / "final"
     assert is_generator(final)
     assert {p.name for p in final.iterdir()} >= {"run.yaml", "sources.yaml"}
-    average = load_file(tmp_path / "run" / "step-000002" / "average.safetensors")
+    average = checkpoint.load(tmp_path / "run" / "step-000002").average
     made = dict(load_generator(final).named_parameters())
     assert all(torch.equal(v, made[k]) for k, v in average.items())
     [row] = load_generator(final).generate(["a red square"], seeds=[1])

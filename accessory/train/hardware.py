@@ -68,11 +68,11 @@ class Machine:
         return (self.link if ranks <= self.per_node else min(self.link, self.network)) * self.efficiency.link
 
 
-# name: GiB that torch reports, TFLOP/s of dense bf16 products with fp32 sums and of plain fp32, then GB/s: memory, links
-# inside of a node, network between nodes. Sources: NVIDIA's data sheets (H100, H200, A100, L40S: the stated peak with
-# sparsity halved) and architecture white papers (GA102, AD102). NVLink is stated for both directions together: halved
-# here; PCIe 4 x16 has 32 GB/s in one direction, PCIe 5 x16 64. The network is not part of a card: 400 Gb/s a GPU as in
-# DGX H100, 200 in DGX A100, 100 assumed for L40S, 10 for cards of work stations.
+# name: GiB that torch reports, TFLOP/s of dense bf16 products with fp32 sums and of plain fp32, then GB/s: memory,
+# links inside of a node, network between nodes; devices of a node. Sources: NVIDIA's data sheets (H100, H200, A100,
+# L40S; a peak that is stated with sparsity is halved) and architecture papers (GA102, AD102). NVLink is stated for both
+# directions together and halved here; PCIe 4 x16 has 32 GB/s in one direction, PCIe 5 x16 64. The network is no part of
+# a card: 400 Gb/s a GPU as in DGX H100, 200 as in DGX A100, 100 (L40S) and 10 (cards of work stations) are assumed.
 _ROWS: dict[str, tuple[float, float, float, float, float, float, int]] = {
     "H100": (79.1, 989.4, 66.9, 3350, 450, 50, 8),
     "H100-PCIe": (79.1, 756, 51.2, 2000, 64, 50, 8),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from accessory import config as configuration
 from accessory.models.skeleton import resolved, skeleton
@@ -114,12 +113,15 @@ def report(name: str, found: Planned, measured: bool = False) -> list[str]:
     """Lines of Markdown."""
     planner, rows = found.planner, found.planner.rows
     seen = f", {rows.pictures} picture(s) of {planner.net.positions_per_tile} in each" if rows.pictures else ""
-    share = "all" if rows.learned == 1 else f"{rows.learned:.0%} of all"
+    share = "all others" if rows.learned == 1 else f"{rows.learned:.0%} of all others"
+    heads = (
+        "tensor | data | checkpointing | rows at once | weights | gradients | moments | activations | FSDP | sum GB | "
+        "step s | waits s | tokens/s | MFU | "
+    )
     lines = [
-        f"{name} on {found.ranks} x {found.machine.name}: rows of {rows.length} positions{seen}; {share} others learned",
+        f"{name} on {found.ranks} x {found.machine.name}: rows of {rows.length} positions{seen}; {share} learned",
         "",
-        "| tensor | data | checkpointing | rows at once | weights | gradients | moments | activations | FSDP | sum GB | "
-        "step s | waits s | tokens/s | MFU | |",
+        f"| {heads}|",
         "|---:|---|---|---:|" + "---:|" * 10 + "---|",
     ]
     lines += [_line(planner, b, b is found.best) for b in found.budgets]

@@ -186,7 +186,7 @@ class _Kernels(TorchFunctionMode):
     ) -> Tensor:
         if self.autocast:
             q, k, v = (_narrow(t) for t in (q, k, v))
-        short = q.dtype == torch.bfloat16 and 1 < q.shape[2] and q.shape[2] * k.shape[2] <= SHORT
+        short = q.dtype == torch.bfloat16 and q.shape[2] > 1 and q.shape[2] * k.shape[2] <= SHORT
         if self.setting.cpu and short:
             return explicit(q, k, v, attn_mask, is_causal)
         return _Fused.apply(q, k, v, self.watch, is_causal)  # type: ignore[no-any-return]

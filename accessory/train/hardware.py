@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from accessory.models.plan import KERNELS
+
 GIB = 1 << 30
 
 
@@ -37,7 +39,7 @@ class Efficiency:
 
 
 ASSUMED = Efficiency()
-MEASURED = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0, 0.0, measured=True)
+MEASURED = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, KERNELS, 0.0, measured=True)
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,8 @@ def _peak(stages: Stages, shares: Shares, choice: Choice) -> tuple[int, int]:
     """The most that a micro-batch and the sums after it hold beside weights and moments, gradients included; and the
     most that FSDP holds gathered at that time."""
     line = [part for part, count in stages.parts for _ in range(count)]
-    fsdp, again = choice.cut > 1, choice.checkpointing
-    before = shares.gradients if choice.accumulation > 1 else 0
+    again, before = choice.checkpointing, shares.gradients if choice.accumulation > 1 else 0
+    units = [shares.units.get(part.name, 0) if choice.cut > 1 else 0 for part in line]
     top, at, held = 0, 0, 0
 
     def see(now: int, gathered: int) -> None:
@@ -243,26 +243,22 @@ def _peak(stages: Stages, shares: Shares, choice: Choice) -> tuple[int, int]:
         if now + gathered > top + at:
             top, at = now, gathered
 
-    for part in line:
-        unit = shares.units.get(part.name, 0) if fsdp else 0
+    for i, part in enumerate(line):
         block = again and part.name == "block"
-        see(held + before + (part.alone if block else part.ahead), GATHERED_AHEAD * unit)
+        see(held + before + (part.alone if block else part.ahead), sum(units[i : i + 2]))  # the next one's comes along
         held += part.made if block else part.kept
     summed = before
-    for part in reversed(line):
-        unit = shares.units.get(part.name, 0) if fsdp else 0
+    for i, part in reversed([*enumerate(line)]):
         block = again and part.name == "block"
         held -= part.made if block else part.kept
         most = max(part.back, part.ahead + part.made) if block and part.back else part.back
-        see(held + summed + most, GATHERED_BACK * unit + (part.gradients if unit else 0))
-        summed = min(shares.gradients, summed + part.gradients // (choice.cut if unit else 1))
+        gathered, own = sum(units[max(0, i - 1) : i + 1]), min(part.gradients, units[i])
+        see(held + summed + most, gathered)
+        see(held + summed + part.gradients, gathered + own)  # whole gradients, and flat to be scattered
+        summed = min(shares.gradients, summed + part.gradients - own + own // choice.cut)
     if choice.copies > 1 and shares.whole:
         see(shares.gradients + FULL * max(shares.largest, min(BUCKET, shares.whole)), 0)
     return max(top, shares.gradients), at
-
-
-GATHERED_AHEAD = 3  # the flat result, its parts, and the next unit's
-GATHERED_BACK = 3  # beside the whole gradients and their flat copy
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -296,7 +292,7 @@ def _compute(stages: Stages, shares: Shares, choice: Choice, machine: Machine) -
         unit = shares.units.get(part.name, 0)
         if choice.cut > 1 and unit:
             ahead = unit * share / rate
-            back = (unit * bool(part.back) + part.gradients) * share / rate
+            back = (unit * bool(part.back) + min(part.gradients, unit)) * share / rate
             hidden += count * (min(forward, ahead) + min(backward, back))
     return total * choice.accumulation, hidden * choice.accumulation
 
@@ -304,13 +300,16 @@ def _compute(stages: Stages, shares: Shares, choice: Choice, machine: Machine) -
 def _sent(stages: Stages, shares: Shares, choice: Choice) -> Sent:
     """What a rank communicates in an update."""
     reduced = gathered = units = scattered = 0
+    line = [part for part, count in stages.parts for _ in range(count)]
+    for part, after in zip(line, [*line[1:], None], strict=True) if choice.cut > 1 else ():
+        # On the way back a unit fetches the one before it, whether that has anything to compute or not.
+        wanted = part.back > 0 or (after is not None and after.back > 0)
+        units += shares.units.get(part.name, 0) * (1 + wanted)
+        scattered += min(part.gradients, shares.units.get(part.name, 0))
     for part, count in stages.parts:
         again = choice.checkpointing and part.name == "block" and part.back > 0
         reduced += count * (part.ahead_traffic.reduced * (1 + again) + part.back_traffic.reduced)
         gathered += count * (part.ahead_traffic.gathered * (1 + again) + part.back_traffic.gathered)
-        if choice.cut > 1 and (unit := shares.units.get(part.name, 0)):
-            units += count * unit * (1 + (part.back > 0))
-            scattered += count * part.gradients
     times, tensor = choice.accumulation, choice.parallel.tensor
     return Sent(
         reduced * times,

@@ -78,6 +78,8 @@ class Net:
         if net.projector is not None:
             x, flows = self._projected(made, x, flows, tiles, setting)
         x, flows = self._embedded(made, x, flows, rows, setting)
+        if tensor > 1:  # ranks have parts of the table's width
+            made[-1] = (replace(made[-1][0], ahead_traffic=Traffic(gathered=x.nbytes)), 1)
         for block, count in self._runs():
             for now in [1, count - 1] if not flows and count > 1 else [count]:
                 part = self._block(block, x, flows, rows, setting, tensor, context)

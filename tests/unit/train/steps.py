@@ -44,6 +44,7 @@ METHODS: dict[str, tuple[TuningSpec, ...]] = {
     "prefix": (PrefixSpec(length=10),),
 }
 UPDATES = 4
+LEAST = 1024  # bytes: collectives of counts and norms have less
 
 
 def net(case: Mapping[str, Any]) -> MLLM:
@@ -110,7 +111,7 @@ class _Source:
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of the whole result of every collective, by its name."""
+    """Bytes of the whole result of every collective of more than :data:`LEAST`, by its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ class Collectives(TorchDispatchMode):
             size = max(t.nbytes for t in tensors) if "base" in func._schema.name else 0
             if not size:
                 size = sum(t.nbytes for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor))
-            if size > 1024:
+            if size > LEAST:
                 self.bytes[name] = self.bytes.get(name, 0) + size
         return func(*args, **(kwargs or {}))
 

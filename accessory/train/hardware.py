@@ -122,13 +122,14 @@ def with_rates(machine: Machine, tflops: float, gbs: float) -> Machine:
 
 
 def this_machine() -> Machine:
-    """This computer's CPU as it is now: products of a block's shapes, passes over fresh memory, one call at least.
+    """This computer's CPU as it is now: products and passes of a block's shapes, one call at least.
 
     Links are those between processes of one machine through torch's gloo.
     """
     half, full = (_products(dtype) for dtype in (torch.bfloat16, torch.float32))
-    x = torch.ones(1 << 20)
-    moved = 3 * x.nbytes / best_of(lambda: x * x)
+    x = torch.ones(512, 1536)
+    passes = (lambda: x * x, 3.0), (lambda: F.silu(x), 2.0), (lambda: x.to(torch.bfloat16), 1.5)
+    moved = sum(n * x.nbytes for _, n in passes) / sum(best_of(call) for call, _ in passes)
     small = torch.ones(16)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     reached = replace(MEASURED, attention=_attention() / full, launch=best_of(lambda: small + small))

@@ -14,7 +14,7 @@ from accessory.nn.feed_forward import FeedForward
 from accessory.nn.linear import Linear
 from accessory.nn.moe import MoEFeedForward
 from accessory.nn.quantized import Quantized
-from accessory.parallel.axes import shard_rule
+from accessory.parallel.axes import ROW, shard_rule
 from accessory.peft.lora import LowRank
 from accessory.peft.quantize import Quantization, fill, restored
 from accessory.train.trace import Traffic
@@ -58,13 +58,15 @@ def cut(block: nn.Module, tensor: int, traffic: Traffic) -> None:
         if isinstance(axis, int):
             owner, _, leaf = name.rpartition(".")
             shrink(block.get_submodule(owner), leaf, axis, tensor)
-    for module in block.modules():
+    for name, module in block.named_modules():
+        if isinstance(module, Linear) and isinstance(module.delta, LowRank):
+            # Where the input is whole, its ranks meet on the way back between the two factors; else on the way forward.
+            forward = name.rpartition(".")[2] in ROW
+            module.delta.between = partial(meet, forward, not forward)
         if isinstance(module, Attention | FeedForward):
             module.register_forward_pre_hook(lambda _, args: (meet(False, True, args[0]), *args[1:]))
             last = module.wo if isinstance(module, Attention) else module.w2
             last.register_forward_hook(lambda _, __, y: meet(True, False, y))
-            if isinstance(last.delta, LowRank):
-                last.delta.between = partial(meet, True, False)
         if isinstance(module, Attention) and module.prefix is not None:
             cast(Any, module.prefix).between = partial(meet, False, True)
 

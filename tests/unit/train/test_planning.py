@@ -39,10 +39,10 @@ LARGE: dict[str, Any] = {
 PEAKS: tuple[dict[str, Any], ...] = (
     LARGE,
     {**LARGE, "autocast": True, "checkpointing": True, "accumulation": 2},
-    {**LARGE, "method": "lora"},
-    {**LARGE, "method": "prefix", "checkpointing": True},
+    {**LARGE, "batch": 6, "method": "lora"},
+    {**LARGE, "batch": 6, "method": "prefix", "checkpointing": True},
     {**LARGE, "ranks": 2, "data": "fsdp", "checkpointing": True},
-    {**LARGE, "ranks": 2, "tensor": 2, "method": "lora"},
+    {**LARGE, "batch": 6, "ranks": 2, "tensor": 2, "method": "lora"},
 )
 EXPERIMENT = """
 model:
@@ -177,14 +177,15 @@ def test_the_best_fits_and_what_does_not_says_why(tmp_path: Path) -> None:
     large = planned(config, 2, KINDS["H100"], {})
     assert large.best is not None
     assert large.best.tokens_per_second == max(b.tokens_per_second for b in large.budgets)
-    needs = sorted(b.total for b in large.budgets)
-    reserve = KINDS["H100"].efficiency.reserve
-    small = replace(KINDS["H100"], memory=int((needs[0] + 1) / (1 - KINDS["H100"].efficiency.waste)) + 2)
-    one = planned(config, 2, small, {})
+    machine, planner = KINDS["H100"], large.planner
+    found = choices(config.train, planner.net.backbone.config, 2, machine, False)
+    needs = sorted(planner.budget(c).total for c in found)
+    tight = replace(machine, memory=int((needs[0] + 1) / (1 - machine.efficiency.waste)) + 2)
+    one = planned(config, 2, tight, {})
     assert one.best is not None
-    assert one.best.total <= needs[0] < needs[-1]
+    assert one.best.total == needs[0] < needs[-1]
     assert any("GB too much; " in b.lack for b in one.budgets)
-    assert planned(config, 2, replace(small, memory=reserve), {}).best is None
+    assert planned(config, 2, replace(machine, memory=machine.efficiency.reserve), {}).best is None
     for ranks, said, match in (
         (0, {}, "--gpus must be at least 1, got 0"),
         (12, {}, "--gpus 12: beyond one node"),

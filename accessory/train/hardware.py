@@ -86,8 +86,8 @@ _ROWS: dict[str, tuple[float, float, float, float, float, float, int]] = {
     "RTX3090": (23.6, 71.2, 35.6, 936, 32, 1.25, 4),
 }
 KINDS: dict[str, Machine] = {
-    name: Machine(name, int(gib * GIB), half * 1e12, full * 1e12, *(r * 1e9 for r in rates), per_node)
-    for name, (gib, half, full, *rates, per_node) in _ROWS.items()  # type: ignore[misc]
+    name: Machine(name, int(gib * GIB), half * 1e12, full * 1e12, memory * 1e9, link * 1e9, network * 1e9, per_node)
+    for name, (gib, half, full, memory, link, network, per_node) in _ROWS.items()
 }
 THIS = "this"
 
@@ -127,9 +127,11 @@ def this_machine() -> Machine:
     Links are those between processes of one machine through torch's gloo.
     """
     half, full = (_products(dtype) for dtype in (torch.bfloat16, torch.float32))
-    x = torch.ones(512, 1536)
-    passes = (lambda: x * x, 3.0), (lambda: F.silu(x), 2.0), (lambda: x.to(torch.bfloat16), 1.5)
-    moved = sum(n * x.nbytes for _, n in passes) / sum(best_of(call) for call, _ in passes)
+    rows = [torch.ones(512, 1536) for _ in range(24)]  # more than caches hold, as the tensors of a step are
+    passes = (lambda x: x * x, 3.0), (F.silu, 2.0), (lambda x: x.to(torch.bfloat16), 1.5)
+    moved = sum(n * sum(x.nbytes for x in rows) for _, n in passes) / sum(
+        best_of(lambda call=call: [call(x) for x in rows]) for call, _ in passes
+    )
     small = torch.ones(16)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     reached = replace(MEASURED, attention=_attention() / full, launch=best_of(lambda: small + small))

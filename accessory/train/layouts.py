@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -193,7 +194,7 @@ class Planner:
                 weights += _coded(coded[name], self.spec) // parts
                 continue
             inside = name.startswith(("backbone.layers.", *ends))
-            own = _rows(p, rule if parts > 1 else None, parts, choice.cut if inside else 1)
+            own = _rows(p, parts if rule == 0 else 1, parts, choice.cut if inside else 1)
             weights += own * p.itemsize
             if name.startswith("backbone.layers.0."):
                 units["block"] += p.nbytes // parts
@@ -212,11 +213,11 @@ class Planner:
         return Shares(weights, gradients, moments, average, units, trained, whole, alike, largest)
 
 
-def _rows(p: Tensor, axis: int | None, parts: int, cut: int) -> int:
-    """Numbers of a parameter on a rank: FSDP pads its rows to the same for all."""
+def _rows(p: Tensor, across: int, parts: int, cut: int) -> int:
+    """Numbers of a parameter on a rank that holds one of ``parts``, ``across`` its rows; FSDP pads rows to the same."""
     if cut == 1 or not p.ndim:
         return p.numel() // parts
-    first = p.shape[0] // (parts if axis == 0 else 1)
+    first = p.shape[0] // across
     return ceil(first / cut) * (p.numel() // parts // max(1, first))
 
 
@@ -366,7 +367,7 @@ def _tensors(train: TrainConfig, c: LlamaConfig, ranks: int, machine: Machine) -
         yield 1
 
 
-def _data(train: TrainConfig, copies: int, whole: bool) -> tuple[str, ...]:
+def _data(train: TrainConfig, copies: int, whole: bool) -> tuple[Literal["ddp", "fsdp"], ...]:
     return ("ddp",) if copies == 1 or whole or train.optimizer == "muon" else ("ddp", "fsdp")
 
 

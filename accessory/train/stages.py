@@ -148,7 +148,8 @@ class Net:
         made.append((part, 1))
         with torch.no_grad():
             like = resampler(found[:1])
-        return like.new_empty(rows.batch, *like.shape[1:]).requires_grad_(part.back > 0)
+        context: Tensor = like.new_empty(rows.batch, *like.shape[1:])
+        return context.requires_grad_(part.back > 0)
 
     def _embedded(
         self, made: list[tuple[Part, int]], features: Tensor, flows: bool, rows: Rows, setting: Setting

@@ -133,4 +133,5 @@ def balanced(layer: MoEFeedForward, x: Tensor, route: Tensor | None = None) -> T
     parts: Sequence[Tensor] = taken.chunk(len(layer.experts))
     found = torch.cat([expert(part) for expert, part in zip(layer.experts, parts, strict=False)])
     found = found[order.argsort()].unflatten(0, (-1, layer.top))
-    return (found * weights.to(found.dtype)[..., None]).sum(1).to(x.dtype).view_as(x)
+    mixed: Tensor = (found * weights.to(found.dtype)[..., None]).sum(1)
+    return mixed.to(x.dtype).view_as(x)

@@ -37,10 +37,8 @@ LARGE: dict[str, Any] = {
     "length": 256,
 }
 PEAKS: tuple[dict[str, Any], ...] = (
-    LARGE,
     {**LARGE, "autocast": True, "checkpointing": True, "accumulation": 2},
     {**LARGE, "batch": 6, "method": "lora"},
-    {**LARGE, "batch": 6, "method": "prefix", "checkpointing": True},
     {**LARGE, "ranks": 2, "data": "fsdp", "checkpointing": True},
     {**LARGE, "batch": 6, "ranks": 2, "tensor": 2, "method": "lora"},
 )
@@ -137,7 +135,7 @@ def test_totals_are_the_peaks_of_processes() -> None:
     print(*report, sep="\n")
     assert all(0.9 < ratio < 1.1 for _, _, ratio in report), report
     # The parts matter: without what a step computes the plan would be off by more than that.
-    assert plans[0].activations > 0.2 * peaks[0]
+    assert plans[1].activations > 0.5 * peaks[1]
     assert max(b.buffers for b in plans) > 0
 
 

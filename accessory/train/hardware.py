@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from accessory.models.plan import KERNELS
 
@@ -127,15 +128,10 @@ def this_machine() -> Machine:
     Links are those between processes of one machine through torch's gloo.
     """
     half, full = (_products(dtype) for dtype in (torch.bfloat16, torch.float32))
-    rows = [torch.ones(512, 1536) for _ in range(24)]  # more than caches hold, as the tensors of a step are
-    passes = (lambda x: x * x, 3.0), (F.silu, 2.0), (lambda x: x.to(torch.bfloat16), 1.5)
-    moved = sum(n * sum(x.nbytes for x in rows) for _, n in passes) / sum(
-        best_of(lambda call=call: [call(x) for x in rows]) for call, _ in passes
-    )
     small = torch.ones(16)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     reached = replace(MEASURED, attention=_attention() / full, launch=best_of(lambda: small + small))
-    return Machine(THIS, memory, half, full, moved, GLOO, GLOO, os.cpu_count() or 1, cpu=True, efficiency=reached)
+    return Machine(THIS, memory, half, full, _passes(), GLOO, GLOO, os.cpu_count() or 1, cpu=True, efficiency=reached)
 
 
 GLOO = 1.0e9  # bytes/s between two processes of one machine
@@ -144,6 +140,20 @@ GLOO = 1.0e9  # bytes/s between two processes of one machine
 def _products(dtype: torch.dtype) -> float:
     x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
     return 2 * 512 * 576 * 1536 / best_of(lambda: F.linear(x, w))
+
+
+def _passes() -> float:
+    """Bytes/s through tensors of a block, more of them than caches hold: so a step finds its own."""
+    rows = [torch.ones(512, 1536) for _ in range(24)]
+    calls: tuple[tuple[Callable[[Tensor], Tensor], float], ...] = (
+        (lambda x: x * x, 3.0), (F.silu, 2.0), (lambda x: x.to(torch.bfloat16), 1.5)
+    )  # fmt: skip
+
+    def through(call: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: [call(x) for x in rows]
+
+    size = sum(x.nbytes for x in rows)
+    return sum(n * size for _, n in calls) / sum(best_of(through(call)) for call, _ in calls)
 
 
 def _attention() -> float:

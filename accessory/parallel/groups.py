@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BUCKET = 1 << 24  # elements of one flat all-reduce: 64 MB of fp32
+BUCKET = 1 << 24  # elements of one flat all-reduce: 64 MB of fp32
 Over = Literal["data", "tensor", "all"]
 """The ranks of a collective: those with other rows, those with other parts of the model, or every one."""
 _GROUPS: dict[str, Any] = {}  # "tensor" and "data" beside the group of all, where they differ from it
@@ -153,7 +153,7 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     buckets: list[list[Tensor]] = []
     size = 0
     for tensor in tensors:
-        fits = buckets and size + tensor.numel() <= _BUCKET and buckets[-1][0].dtype == tensor.dtype
+        fits = buckets and size + tensor.numel() <= BUCKET and buckets[-1][0].dtype == tensor.dtype
         if not fits:
             buckets.append([])
             size = 0

@@ -272,7 +272,8 @@ class Trainer:
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         on = self.device.type == "cuda" or self.config.cpu_autocast
         if self.config.precision == "bf16" and on:
-            return torch.autocast(self.device.type, torch.bfloat16)
+            # Without its cache: every weight is used once, and copies of all of them would live through the forward.
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 
     def _next(self) -> Batch:

@@ -83,7 +83,7 @@ def _run(preset: str, member: str) -> Encoding:
         config = next(m.config for m in (*config.channel, *config.extra) if m.name == member)
     tower = _encoder(config)
     pixels = torch.empty(1, 3, tower.size, tower.size, device="meta")
-    counter = _Counter(tower)
+    counter = Counter(tower)
     kept = [p for p in tower.parameters() if p.requires_grad]
     for p in kept:  # without gradients, whatever the mode is that this is called in
         p.requires_grad_(False)
@@ -95,9 +95,10 @@ def _run(preset: str, member: str) -> Encoding:
     return Encoding(counter.flops, counter.peak)
 
 
-class _Counter(TorchDispatchMode):
-    """FLOPs of the products, and the bytes of all results that are alive, at most. Scores of attention are not counted:
-    kernels compute them block by block, while ``meta`` only knows the formula."""
+class Counter(TorchDispatchMode):
+    """What runs inside of it: FLOPs of the products, and the bytes of all results that are alive, at most.
+
+    Scores of attention are not counted: kernels compute them block by block, while ``meta`` only knows the formula."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -112,24 +113,32 @@ class _Counter(TorchDispatchMode):
             return True  # libraries ask whether a mask is full, which it is: no tile is padded
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor, func)
+        flops = 0 if count is None else int(count(*args, **(kwargs or {}), out_val=out))
+        self.flops += flops
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        fresh = [self._add(tensor, func) for tensor in made]
         self.peak = max(self.peak, self.now)
+        self.seen(func, (args, kwargs), flops, any(fresh), made)
         return out
 
-    def _add(self, tensor: Tensor, func: Any) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._alive:
-            return
+    def seen(self, func: Any, given: Any, flops: int, fresh: bool, made: Sequence[Tensor]) -> None:
+        """A call that has run; ``fresh``: what it ``made`` lies in new memory. For subclasses."""
+
+    def size(self, tensor: Tensor, func: Any) -> int:
+        """Bytes that count for a result of ``func``."""
         scores = func is torch.ops.aten._safe_softmax.default or (
             func is torch.ops.aten.bmm.default and tensor.shape[-1] == tensor.shape[-2]
         )
-        self._alive[storage._cdata] = 0 if scores else storage.nbytes()
+        return 0 if scores else tensor.untyped_storage().nbytes()
+
+    def _add(self, tensor: Tensor, func: Any) -> bool:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._alive:
+            return False
+        self._alive[storage._cdata] = self.size(tensor, func)
         self.now += self._alive[storage._cdata]
         weakref.finalize(storage, self._free, storage._cdata)
+        return True
 
     def _free(self, key: int) -> None:
         self.now -= self._alive.pop(key)

@@ -155,7 +155,7 @@ def test_one_process_needs_no_group() -> None:
 
 def test_flat_all_reduce_of_mixed_tensors() -> None:
     def work(rank: int) -> Any:
-        groups._BUCKET = 5
+        groups.BUCKET = 5
         made = [torch.full((3,), float(rank + 1)), torch.ones(2, 4).t() * rank, torch.ones(2, dtype=torch.float64)]
         groups.all_reduce_many(made)
         return [m.tolist() for m in made]

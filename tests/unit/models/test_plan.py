@@ -238,7 +238,7 @@ def test_experts_that_no_token_takes_are_not_read() -> None:
 def test_encoders_by_themselves_are_the_mixture() -> None:
     """A mixture is planned from its encoders; run whole it takes the same products, and nearly the same memory."""
     tower = meta.tower_of("tiny-sphinx").requires_grad_(False)
-    counter = meta._Counter(tower)
+    counter = meta.Counter(tower)
     with torch.no_grad(), counter:
         tower.tokens(torch.empty(1, 3, tower.size, tower.size, device="meta"))
     found = meta.encoding("tiny-sphinx")

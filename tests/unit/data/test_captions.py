@@ -64,6 +64,17 @@ def test_requests_are_dialogues() -> None:
     assert all(len(test[i].turns) == 2 and test[i].meta["answer"] in test[i].turns[0].text for i in range(20))
 
 
+def test_requests_by_keywords_hide_the_name_until_the_answer() -> None:
+    made = builtin.build("emoji-keywords", "train", size=64)
+    named = 0
+    for index in range(200):
+        *said, drawn = made[index].turns
+        name = made[index].meta["answer"]
+        named += any(f" {name} " in f" {turn.text} " for turn in said)
+        assert not drawn.text or drawn.text.endswith(f"emoji of {name}.")
+    assert named < 20  # where a keyword is the name
+
+
 def test_keywords_that_are_held_back_never_come_together() -> None:
     tags = ("quux", "blip", "frob", "zonk")
     concept, rng = emoji.Concept("1", "thing", tags, "", ""), np.random.default_rng(0)

@@ -183,7 +183,7 @@ def outcome(folder: Path) -> tuple[str, list[Any]]:
     """Digest of the exported weights, and every logged row without its times."""
     digest = hashlib.sha256((folder / "final" / "trainable.safetensors").read_bytes()).hexdigest()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_s", "learned_tokens_per_s", "images_per_s", "data_wait")
+    timed = ("seconds", "tokens_per_s", "learned_tokens_per_s", "images_per_s", "data_wait", "data_wait_share")
     return digest, [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 

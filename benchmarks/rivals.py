@@ -1,4 +1,4 @@
-"""Four ways to train the same model on the same rows: ours, transformers with peft, and the lineage's two.
+"""Five ways to train the same model on the same rows: ours, and two each of transformers with peft and of the lineage.
 
 All of them take their rows from one mixture in one order (whatever each makes of them), run the frozen tower on every
 picture, train the projector and what the kind of tuning says, under bf16 autocast with AdamW and the same learning
@@ -277,6 +277,12 @@ class Transformers(Contender):
         return inner(self.hf).lm_head(h)
 
 
+class Grouped(Transformers):
+    """The same with the rows of a batch about equally long (``group_by_length`` of transformers' trainer)."""
+
+    window = 8
+
+
 class Table(nn.Module):
     """What :class:`MLLM` asks of a backbone before its blocks: the vectors of ids (placeholders: anything)."""
 
@@ -335,6 +341,7 @@ class Accessory(Contender):
 CONTENDERS: dict[str, tuple[str, type[Contender]]] = {
     "ours": ("ours", Ours),
     "transformers": ("(a) transformers + peft", Transformers),
+    "grouped": ("(a') the same, rows grouped by length", Grouped),
     "adapter": ("(b) LLaMA-Adapter's way", Adapter),
     "accessory": ("(b') LLaMA2-Accessory's way", Accessory),
 }

@@ -102,7 +102,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Ragged | None, causal
     """
     if isinstance(mask, Ragged):
         flash = mask.flash(q, k, v)
-        return mask.each(lambda group, *parts: attend(*parts, group.mask), q, k, v) if flash is None else flash
+        return mask.each(lambda group, q, k, v: attend(q, k, v, group.mask), q, k, v) if flash is None else flash
     h, n = q.shape[1], k.shape[1]
     if q.shape[2] == 1 and h != n and (mask is None or mask.shape[1] == 1):
         # One query a head: the heads of a group become rows of one product, and their shared keys are read once.

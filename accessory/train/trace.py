@@ -192,7 +192,7 @@ class _Kernels(TorchFunctionMode):
         short = q.dtype == torch.bfloat16 and q.shape[2] > 1 and q.shape[2] * k.shape[2] <= SHORT
         if self.setting.cpu and short:
             return explicit(q, k, v, attn_mask, is_causal)
-        return _Fused.apply(q, k, v, self.watch, is_causal)  # type: ignore[no-any-return]
+        return _Fused.apply(q, k, v, self.watch, is_causal)
 
 
 def _narrow(value: Any) -> Any:

@@ -25,7 +25,7 @@ from tests.tiny import tiny_model_dir
 
 PAGES = ("README.md", "CONTRIBUTING.md")
 NANO = "weights/nano-sphinx"
-EXPECTED = 37  # commands in both pages: change it together with them
+EXPECTED = 38  # commands in both pages: change it together with them
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 # Too long for a suite, or the suite itself: the script must exist, parse, and know its options.
 HEAVY = (
@@ -152,9 +152,9 @@ def test_every_path_exists() -> None:
 
 def test_every_column_of_a_generators_scores_is_explained() -> None:
     rows = [line.split("|")[1].strip() for line in (ROOT / "README.md").read_text().splitlines() if "| `" in line]
-    heads = (RANKS_HEAD, LIKENESS_HEAD, trigger.HEAD)
+    heads = (RANKS_HEAD, LIKENESS_HEAD, trigger.HEAD, trigger.NAMES_HEAD)
     columns = {cell.strip() for head in heads for cell in head.splitlines()[0].strip("|").split("|")}
-    assert len(columns) == 20
+    assert len(columns) == 22
     assert {f"`{column}`" for column in columns} <= set(rows)
 
 

@@ -63,11 +63,21 @@ class Mixture:
         cursor = block * self.quotas[source] + int(self._block[2][place])
         walk: Walk | None = getattr(self.sources[source], "walk", None)
         if walk is not None:
-            return Draw(source, walk.row(cursor, (self.seed, 1, source), partial(self._draws, source)))
+            return Draw(source, self._walked(walk, source, cursor))
         length = len(self.sources[source])
         epoch, position = divmod(cursor, length)
         row = int(self.order(source, epoch)[position])
         return Draw(source, epoch * length + row if self.sources[source].unbounded else row)
+
+    def first(self, source: int, count: int) -> list[int]:
+        """The rows of a source that its first ``count`` draws (of one epoch at most) are, in ascending order."""
+        walk: Walk | None = getattr(self.sources[source], "walk", None)
+        if walk is None:
+            return sorted(int(i) for i in self.order(source, 0)[:count])
+        return sorted(self._walked(walk, source, cursor) for cursor in range(count))
+
+    def _walked(self, walk: Walk, source: int, cursor: int) -> int:
+        return walk.row(cursor, (self.seed, 1, source), partial(self._draws, source))
 
     def sample(self, k: int) -> Sample:
         """The sample of draw ``k``; raises :class:`RowRejected` for a bad row."""
@@ -177,13 +187,16 @@ class Ledger:
         written = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with path.open("a+b") as file:
             file.seek(self._known)
+            torn = b""
             for line in file:
-                if line.endswith(b"\n"):
-                    self._known += len(line)
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that something else wrote
-                        self._written.add(_row(json.loads(line)))
+                if not line.endswith(b"\n"):  # of a process that was killed: the next entry begins a line of its own
+                    torn = b"\n"
+                    continue
+                self._known += len(line)
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that something else wrote
+                    self._written.add(_row(json.loads(line)))
             if _row(json.loads(written)) not in self._written:
-                file.write(written)
+                file.write(torn + written)
 
     def state_dict(self) -> dict[str, int]:
         """Counts so far."""

@@ -38,6 +38,14 @@ class Place:
         return f"{self.source}, {where}" + (f": {self.said}" if self.said else "")
 
 
+def place(source: Source, row: int, said: str) -> Place:
+    """Where a row stands: in its file, by line where that has lines, or in its shard."""
+    if not isinstance(source, FileSource):
+        return Place(source.name, row, None, said)
+    name, at = source.where(row) if source.walk is not None else (source.name, row)
+    return Place(name, at, source.line(row), said)
+
+
 @dataclass
 class Tally:
     """How many rows something is true of, and the first of them."""
@@ -49,8 +57,7 @@ class Tally:
         """One more."""
         self.count += 1
         if len(self.examples) < EXAMPLES:
-            line = source.line(row) if isinstance(source, FileSource) else None
-            self.examples.append(Place(source.name, row, line, said))
+            self.examples.append(place(source, row, said))
 
 
 @dataclass
@@ -141,12 +148,12 @@ class Reader:
     def _note(self, survey: Survey, sample: Sample, row: int) -> None:
         """Remember what a row of a file says and shows."""
         assert isinstance(survey.source, FileSource)
-        place = Place(survey.source.name, row, survey.source.line(row), "")
-        before = self.places.setdefault(self.prints.row(sample), place)
-        if before is not place:
+        here = place(survey.source, row, "")
+        before = self.places.setdefault(self.prints.row(sample), here)
+        if before is not here:
             survey.doubles.add(survey.source, row, f"the same as {before}")
         for digest in self.prints.pictures(sample):
-            self.shown.setdefault(digest, place)
+            self.shown.setdefault(digest, here)
 
 
 class _Remembered(Mixture):
@@ -190,7 +197,7 @@ def batches(loader: Loader, reader: Reader, most: int) -> Iterator[Batch]:
             draws = min(draws, survey.read * BLOCK // quota)
     look = copy.copy(loader)
     look.mixture, look.encoder, look.num_workers = _Remembered(mixture), _Blank(reader), 0
-    look.ledger = Ledger(max_rate=1.0)
+    look.ledger, look._packed = Ledger(max_rate=1.0), [0, 0]
     taken = 0
     for batch in look:
         taken += len(batch.ids)
@@ -203,9 +210,7 @@ def rows_of(number: int, source: Source, mixture: Mixture | None, limit: int) ->
     """Numbers of the rows to read: all, or the first ``limit`` that a run draws (0: no limit)."""
     if not limit or len(source) <= limit:
         return list(range(len(source)))
-    if mixture is None or getattr(source, "walk", None) is not None:  # a stream begins with the first of its shards
-        return list(range(limit))
-    return sorted(int(i) for i in mixture.order(number, 0)[:limit])
+    return list(range(limit)) if mixture is None else mixture.first(number, limit)
 
 
 def shared(reader: Reader, tests: Sequence[Source]) -> tuple[Tally, Tally]:

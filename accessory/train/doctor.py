@@ -128,6 +128,9 @@ def examine(path: str | Path, overrides: Sequence[str], asked: Asked) -> Report:
     for number, source in enumerate(sources):
         for row in rows_of(number, source, None if loader is None else loader.mixture, asked.rows):
             reader.read(number, row)
+    updates = None
+    if loader is not None and any(reader.known.values()):  # which may read a few rows more
+        updates = course(loader, reader, subject.train, subject.copies)
     drawn = [] if loader is None else shares(loader)
     findings += after_reading(reader, drawn, subject.data.max_bad_rate, subject.encoder, total[0])
     if subject.reads is not None and subject.embed is not None:
@@ -137,8 +140,7 @@ def examine(path: str | Path, overrides: Sequence[str], asked: Asked) -> Report:
     facts["trains"] = run.trained_parts(subject.net)
     findings += _trains(subject)
     longest = None
-    if loader is not None and any(reader.known.values()):
-        updates = course(loader, reader, subject.train, subject.copies)
+    if updates is not None:
         facts, findings, longest = facts | updates.facts, findings + updates.findings, updates.longest
     facts["memory"] = _memory(subject, longest, asked, findings)
     if asked.tests:

@@ -14,10 +14,14 @@ import tests.tiny
 from accessory import config as configuration
 from accessory.__main__ import main
 from accessory.data import template
+from accessory.data.mixture import Mixture
+from accessory.data.sources import load_sources
 from accessory.data.survey import Place
 from accessory.peft.attach import LoraSpec
 from accessory.train.findings import CODES
+from accessory.train.run import RunConfig
 from accessory.vision.projector import Projector
+from tests.shards import write_tar
 from tests.tiny import tiny_model_dir
 from tests.tiny_generator import draw_config, write_captions
 from tests.unit.train.squares import QUESTION, write_squares
@@ -372,3 +376,25 @@ def test_dialogues_with_pictures_to_draw(tmp_path: Path, capsys: pytest.CaptureF
     blind = look(capsys, path, "seen=false", "objective.loss.language=0.0")
     assert blind.facts["learned"] == 8
     assert "[image 1" not in blind.out
+
+
+def test_the_rows_of_a_stream_are_those_that_the_run_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is broken in the last shard is found with its shard and key, though few rows are read."""
+    path = write_squares(tmp_path, 8)
+    picture, whole = (tmp_path / "red.png").read_bytes(), {0: 40, 1: 40, 2: 40}
+    for shard, count in whole.items():
+        rows = [{"png": picture if (shard, i) != (2, 7) else b"no picture", "txt": b"red"} for i in range(count)]
+        write_tar(tmp_path / f"s-{shard}.tar", rows)
+    source = "{kind: describe, format: webdataset, path: 's-{0..2}.tar', stream: {buffer: 8}}"
+    (tmp_path / "data.yaml").write_text(f"sources:\n  - {source}\n")
+    config = configuration.load(path, RunConfig, ["data.max_bad_rate=0.5"])
+    mixture = Mixture(load_sources(tmp_path / "data.yaml", cache=tmp_path / "cache"), config.train.seed)
+    assert mixture.first(0, 120) == list(range(120))
+    found = look(capsys, path, "data.max_bad_rate=0.5", "cache=" + str(tmp_path / "cache"))
+    assert f"{tmp_path / 's-2.tar'}: 000007" in found.text("unreadable")
+    assert found.facts["sources"][0]["read"] == 120
+    few = look(capsys, path, "data.max_bad_rate=0.5", "cache=" + str(tmp_path / "cache"), "--rows", "30")
+    drawn = mixture.first(0, few.facts["sources"][0]["read"])
+    assert len(drawn) < 60
+    assert min(drawn) >= 40, "of another shard than the first"
+    assert (87 in drawn) == ("unreadable" in few.codes)

@@ -25,7 +25,7 @@ case "$1" in -c) echo "$GPUS"; exit 0 ;; esac
 echo "$(basename "$0") $* threads=$OMP_NUM_THREADS" >>calls
 case "$*" in
     *fails*) exit 3 ;;
-    *waits*) [ ! -e waiting ] || exit 0; trap 'exit 0' TERM; touch waiting; while :; do sleep 0.05; done ;;
+    *waits*) [ ! -e waiting ] || exit 0; trap 'exit 143' TERM; touch waiting; while :; do sleep 0.05; done ;;
 esac
 """
 

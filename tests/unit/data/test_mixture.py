@@ -101,6 +101,17 @@ def test_bad_rows_are_skipped_and_booked(mixture: Mixture, encoder: Encoder, tmp
     assert '"source": "a", "row": 7, "reason": "broken"' in lines[0]
 
 
+def test_an_entry_that_was_torn_swallows_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"draw": 1, "source": "a", "row": 3, "reason": "broken"}\n{"draw": 2, "source": "a", "ro')
+    for _ in range(2):  # two ranks
+        book = Ledger(path, max_rate=1.0)
+        for row in (3, 5, 5):
+            book.reject(RowRejected("broken", "a", row), 9)
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(line)["row"] for line in whole] == [3, 5]
+
+
 def test_changed_data_is_refused_on_resume(mixture: Mixture, encoder: Encoder) -> None:
     state = Loader(mixture, encoder, 4).state_dict()
     for other in (Mixture(mixture.sources, seed=6), Mixture([Rows("a", 51, 3.0), *mixture.sources[1:]], seed=5)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -132,7 +132,7 @@ class Contender:
     def prepare(self) -> None:
         """Make the optimizer and what else an update needs."""
         self.rate = self.setting.train("-")
-        self.batches: Iterator[Batch] = iter(self.source)
+        self.batches: Any = iter(self.source)
         self.trained = [p for part in self.parts() for p in part.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=self.rate.lr, betas=self.rate.betas, eps=self.rate.eps, weight_decay=0.0, fused=True
@@ -160,6 +160,10 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tally.updates += 1
+
+    def close(self) -> None:
+        """End the loader's process: it outlives signals, and the end of the program would wait for it for ever."""
+        self.batches.close()
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast, unless it is off."""
@@ -235,6 +239,11 @@ class Ours(Contender):
         after = self.trainer.window.data_wait
         self.tally.waited += after - before if after >= before else after
         self.tally.updates += 1
+
+    def close(self) -> None:
+        """As the end of our trainer does."""
+        self.batches = self.trainer._batches
+        super().close()
 
 
 class Transformers(Contender):

@@ -97,6 +97,7 @@ def work(name: str, setting: Setting, args: argparse.Namespace) -> Outcome:
             curve.append((trained, contender.test(batches)))
     tally = contender.tally
     learned, spent = tally.learned - before.learned, trained - began
+    contender.close()
     return Outcome(
         name,
         speed=learned / spent,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from accessory import config as configuration
 from accessory.train.run import RunConfig
 from benchmarks.rivals import CONTENDERS, KINDS, Contender, Setting, Tally
 from benchmarks.train import least_gflop, reached
+from tests.structure.source import ROOT
 from tests.unit.train.squares import write_squares
 
 pytest.importorskip("peft", reason="the rival of transformers is tuned by peft")
@@ -71,6 +76,38 @@ def test_the_least_work(setting: Setting) -> None:
         contender = CONTENDERS["accessory"][1](Setting(**{**vars(setting), "kind": kind}))
         least = 2 * passes * (10 * 2 * block + 2 * 360 * 32) / 2 / 1e9
         assert least_gflop(contender, Tally(positions=10, learned=2)) == pytest.approx(least)
+
+
+ALONE = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from accessory import config
+from accessory.train.run import RunConfig
+from benchmarks.rivals import Setting
+from benchmarks.train import parse, work
+folder = Path(sys.argv[1])
+model = config.load(folder / "experiment.yaml", RunConfig).model
+args = parse(["--seconds", "0.1", "--tested", "4", "--threads", "1"])
+for name in ("ours", "accessory"):
+    setting = Setting("full", folder / "data.yaml", model, rows=4, autocast=False)
+    print(json.dumps(asdict(work(name, setting, args))))
+"""
+
+
+def test_a_worker_tells_and_ends(setting: Setting) -> None:
+    """With processes that load ahead and outlive signals: unless they are told, the program never ends."""
+    command = [sys.executable, "-c", ALONE, str(setting.sources.parent)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    ours, accessory = (json.loads(line) for line in done.stdout.splitlines())
+    for outcome in (ours, accessory):
+        assert outcome["speed"] > 0
+        assert outcome["peak_mb"] > 50
+        assert 0 < outcome["real"] <= 1
+        assert len(outcome["curve"]) >= 2
+    assert ours["filled"] > 0.5
+    assert accessory["filled"] is None
 
 
 def test_when_a_loss_is_reached() -> None:

@@ -23,3 +23,5 @@ if [ "${NNODES:-1}" -gt 1 ] || [ "${NPROC:-1}" -gt 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
 fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}  # seconds to save in after a SIGTERM
+# Each start meets in a store of its own: in one that is shared the addresses of processes that died are still there.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

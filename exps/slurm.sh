@@ -17,14 +17,14 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit it: sbatch exps/slurm.sh EXPERIMENT.yaml ...}"
 [ -f exps/train.sh ] || { echo "error: $PWD is not the checkout; submit exps/slurm.sh from there" >&2; exit 2; }
 bash exps/setup.sh  # once: every node finds it done
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} RDZV_ID=$SLURM_JOB_ID
 export NNODES=$SLURM_JOB_NUM_NODES NPROC=${NPROC:-all}
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over itself
 
 experiments=() overrides=()
 for word in "$@"; do
-    case $word in *.yaml) experiments+=("$word") ;; *) overrides+=("$word") ;; esac
+    case $word in *=*) overrides+=("$word") ;; *.yaml | *.yml) experiments+=("$word") ;; *) overrides+=("$word") ;; esac
 done
 [ "${#experiments[@]}" -gt 0 ] || { echo "usage: sbatch exps/slurm.sh EXPERIMENT.yaml ... [a.b=value ...]" >&2; exit 2; }
 

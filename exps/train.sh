@@ -11,9 +11,12 @@ cd "$(dirname "$0")/.."
 ASSETS=0 . exps/launch.sh
 experiments=() overrides=()
 for word in "$@"; do
-    case $word in *.yaml) experiments+=("$word") ;; *) overrides+=("$word") ;; esac
+    case $word in *=*) overrides+=("$word") ;; *.yaml | *.yml) experiments+=("$word") ;; *) overrides+=("$word") ;; esac
 done
 [ "${#experiments[@]}" -gt 0 ] || { echo "usage: bash exps/train.sh EXPERIMENT.yaml ... [a.b=value ...]" >&2; exit 2; }
+for experiment in "${experiments[@]}"; do  # all of them before the first begins
+    [ -f "$experiment" ] || { echo "error: there is no experiment $experiment" >&2; exit 2; }
+done
 last=$((${#experiments[@]} - 1)) stopped=
 trap 'stopped=1' TERM  # a stage that it reached as well saves and ends; the next one must not begin
 for experiment in "${experiments[@]:0:last}"; do

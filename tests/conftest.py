@@ -17,6 +17,9 @@ import torch
 from tests.skips import SkipLedger
 
 torch.set_num_threads(1)
+# The first backward pass of a process counts devices, and once a stand-in for CUDA is there (FakeTensorMode brings one)
+# it starts threads that no fork survives, as tests of several ranks need.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -178,7 +178,8 @@ class Ledger:
         if self.seen >= self.after and self.bad > self.max_rate * self.seen:
             where = f"; the ledger is {self.path}" if self.path else ""
             raise ValueError(
-                f"{self.bad} of {self.seen} rows were rejected, the limit is {self.max_rate:.0%}; last: {row}{where}"
+                f"{self.bad} of {self.seen} draws were of rows that are rejected, data.max_bad_rate is "
+                f"{self.max_rate:.0%}; last: {row}{where}"
             )
 
     def _write(self, path: Path, entry: Mapping[str, Any]) -> None:

@@ -97,7 +97,11 @@ def _axes(model: nn.Module, width: int) -> dict[str, int]:
     """The axis of every tensor that is cut; ValueError for what ``width`` ranks cannot share evenly."""
     name, backbone = _backbone(model)
     if problems := [*dict.fromkeys(_problems(backbone, width))]:
-        raise ValueError(f"parallel.tensor {width} does not divide {', '.join(problems)}")
+        fits = [n for n in range(1, 9) if not [*_problems(backbone, n)]]
+        raise ValueError(
+            f"parallel.tensor {width} does not divide {', '.join(problems)}; up to 8 "
+            f"{' and '.join(map(str, fits))} {'do' if len(fits) > 1 else 'does'}"
+        )
     start = f"{name}." if name else ""
     axes = {start + n: shard_rule(n, experts="cut") for n, _ in backbone.named_parameters()}
     for n, _ in backbone.named_buffers():  # codes are cut as the weights that they stand for

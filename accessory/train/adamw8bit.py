@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Moments that share a scale, in the order in which a parameter lies in memory."""
+"""Moments that share a scale, in row order."""
 SMALL = 4096
 """Parameters with fewer entries keep their moments in fp32: they are most of the names and little of the memory."""
 MOMENTS = {"exp_avg": (2, 127), "exp_avg_sq": (4, 255)}

@@ -140,6 +140,7 @@ def write_folder(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], text
         for name, values in tensors.items():
             # safetensors refuses tensors that share memory or have strides, which a state may legitimately have.
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in values.items()}, hidden / name)
+            (hidden / name).chmod(0o644)  # which safetensors writes for its owner alone
             _sync(hidden / name)
         for name, text in texts.items():
             _write(hidden / name, text.encode())
@@ -188,13 +189,12 @@ def _place(hidden: Path, target: Path) -> None:
 def _recover(root: Path) -> None:
     """Finish what a run that died left behind: give back what was put aside, drop what was never whole."""
     for path in [*root.iterdir()] if root.is_dir() else []:
-        if path.name.startswith(".") and path.name.endswith(".old"):
-            target = root / path.name[1:].removesuffix(".old")
-            if target.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(target)
-        elif path.name.startswith(".") and path.name.endswith(".partial"):
+        name, _, kind = path.name.removeprefix(".").rpartition(".")
+        if not path.name.startswith(".") or not (_STEP.match(name) or name == "final"):
+            continue
+        if kind == "old" and not (root / name).exists():
+            path.rename(root / name)
+        elif kind in ("old", "partial"):
             shutil.rmtree(path)
 
 
@@ -229,9 +229,12 @@ def prune(output_dir: str | Path, keep_last: int) -> None:
             shutil.rmtree(path)
 
 
-def resolve(resume: str | None, output_dir: str | Path) -> Path | None:
+def resolve(resume: str | None, output_dir: str | Path, *, repair: bool = True) -> Path | None:
     """The checkpoint that ``--resume`` names: None, ``auto`` (the newest, if any), a run's folder or a checkpoint. All
     ranks ask together and hear the same.
+
+    ``repair``: what a run that died left behind is cleared up first; not for one who only looks, as another run may be
+    writing there.
 
     Raises:
         CheckpointError: when a named one is not there or not complete, or when ``output_dir`` holds other and newer
@@ -240,7 +243,10 @@ def resolve(resume: str | None, output_dir: str | Path) -> Path | None:
     found: Path | None = None
     with together():
         if groups.rank() == 0:
-            _recover(Path(output_dir))
+            if resume is None:
+                _named(resume, output_dir)  # refuses before anything is touched
+            if repair:
+                _recover(Path(output_dir))
             found = _named(resume, output_dir)
     first: Path | None = groups.gather_objects(found)[0]
     return first
@@ -274,7 +280,7 @@ def sound(resume: str | None, output_dir: str | Path) -> Path | None:
     while (found := resolve(resume, output_dir)) is not None:
         files = [*(_manifest(found) or {}).items()]
         mine = files[groups.rank() :: groups.world_size()]  # together they read each file once
-        bad = [name for name, fact in mine if not (found / name).is_file() or _fact(found / name) != fact]
+        bad = [name for name, fact in mine if not _as_written(found / name, fact)]
         damaged = sorted(name for rank in groups.gather_objects(bad) for name in rank)
         if not damaged:
             break
@@ -290,6 +296,13 @@ def sound(resume: str | None, output_dir: str | Path) -> Path | None:
                 found.rename(aside)
                 LOG.warning("%s; it is %s now, and the run goes on from the one before it", what, aside)
     return found
+
+
+def _as_written(path: Path, fact: Any) -> bool:
+    try:
+        return path.is_file() and _fact(path) == fact
+    except OSError:  # a file that cannot be read is damaged; a rank that raised alone would leave the others waiting
+        return False
 
 
 def load(path: Path, layout: Layout | None = None) -> Checkpoint:

@@ -22,7 +22,7 @@ from accessory.models.generator import Generator, build_generator
 from accessory.models.mllm import MLLM
 from accessory.models.plan import size as readable
 from accessory.parallel import groups
-from accessory.parallel.layout import Layout
+from accessory.parallel.layout import Layout, ParallelConfig
 from accessory.parallel.shard import planned
 from accessory.peft.quantize import found as quantization
 from accessory.schema import Batch, Encoded, Sample
@@ -277,6 +277,9 @@ def _memory(subject: Subject, longest: Shape | None, asked: Asked, findings: lis
     if isinstance(net, MLLM):
         with Meaning("parallel", findings):
             layout = planned(net, train.parallel, list(net.backbone.layers), subject.copies)
+    elif isinstance(net, Generator) and train.parallel != ParallelConfig():
+        blocks = generator_run.blocks_of(net)
+        layout = generator_run.of_denoiser(planned(net.denoiser, train.parallel, blocks, subject.copies))
     needs: Footprint = footprint.standing(net, train, layout, subject.copies)
     if not isinstance(net, MLLM) or longest is None or quantization(net) is not None:
         unknown.append("what a batch takes was not counted")

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from accessory.models.mllm import MLLM
 from accessory.parallel.layout import Layout
 from accessory.train.config import TrainConfig
-from accessory.train.optim import hidden_matrix
+from accessory.train.optim import moment_bytes
 
 FULL = 4  # bytes of a number in fp32, in which what trains is updated
 
@@ -40,7 +40,7 @@ class Footprint:
 
 
 def standing(net: nn.Module, config: TrainConfig, layout: Layout | None = None, copies: int = 1) -> Footprint:
-    """What stands in memory of a net and its optimizer, with AdamW's two moments or Muon's one.
+    """What stands in memory of a net and its optimizer, with the moments that it keeps.
 
     ``layout``: how parameters will lie on the ranks (:func:`accessory.parallel.shard.planned`), among which are
     ``copies`` data ranks; it is of the rank that holds most.
@@ -54,9 +54,8 @@ def standing(net: nn.Module, config: TrainConfig, layout: Layout | None = None, 
             continue
         number = layout.share(name, p, copies)
         gradients += FULL * number
-        moments = 1 if config.optimizer == "muon" and hidden_matrix(name, p) else 2
         others = int(p.dtype != torch.float32) + int(config.ema is not None)
-        optimizer += FULL * number * (moments + others)
+        optimizer += moment_bytes(config, name, p, number) + FULL * number * others
     return Footprint(weights, gradients, optimizer)
 
 
@@ -79,7 +78,10 @@ def activations(net: MLLM, shape: Shape, config: TrainConfig, device: torch.devi
     trying them. ``language``: whether the backbone runs.
     """
     wide = config.precision == "bf16" and (device.type == "cuda" or config.cpu_autocast)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.autocast("cpu", torch.bfloat16, enabled=wide):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        torch.autocast("cpu", torch.bfloat16, enabled=wide, cache_enabled=False),
+    ):
         # A view of a parameter that is taken here belongs to its stand-in.
         standing = [mode.from_tensor(t) for t in (*net.parameters(), *net.buffers())]
         if config.loss_chunk is not None:  # so many have their scores at a time

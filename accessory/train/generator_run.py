@@ -65,6 +65,13 @@ class GeneratorRunConfig:
         given = [name for name, value in of_dialogues.items() if value is not None]
         if given and self.objective.loss is None:
             raise ValueError(f"{given[0]} is for dialogues (objective.loss); prompts and pictures have no positions")
+        # A rank whose rows ask for no picture would leave the others waiting for its blocks.
+        spread = self.train.parallel
+        if spread.tensor > 1 or (spread.data == "fsdp" and self.objective.loss is not None):
+            raise ValueError(
+                f"train.parallel {spread}: of a generator, data: fsdp cuts the denoiser's blocks where every row asks "
+                "for a picture (objective.loss null); all else lies whole on every rank"
+            )
 
 
 def run(
@@ -81,7 +88,8 @@ def run(
     cache = Path(config.cache).expanduser() if config.cache else None
     rng.seed_all(config.train.seed)  # fresh weights are part of what a seed reproduces
     generator = build_generator(config.generator, cache=cache, train=True).to(device)
-    if config.init is not None and checkpoint.resolve(resume, config.train.output_dir) is None:
+    fresh = checkpoint.resolve(resume, config.train.output_dir, repair=not dry_run) is None
+    if config.init is not None and fresh:
         warm_start(generator, build.base_folder(config.init))
     layout = _spread(generator, config, device)
     source = open_rows(config, generator, row_encoder(config, generator), folder, cache)
@@ -111,23 +119,21 @@ def run(
 
 
 def _spread(generator: Generator, config: GeneratorRunConfig, device: torch.device | str) -> Layout:
-    """Cut the blocks of the denoiser over the ranks; conditioner and codec stay whole on each.
-
-    Raises:
-        ValueError: for tensor parallelism, and for dialogues: a rank whose rows ask for no picture would leave the
-            others waiting for its blocks.
-    """
+    """Cut the blocks of the denoiser over the ranks; conditioner and codec stay whole on each."""
     spread = config.train.parallel
     if spread == ParallelConfig():
         return Layout()
-    if spread.tensor > 1 or config.objective.loss is not None:
-        raise ValueError(
-            f"train.parallel {spread}: of a generator, data: fsdp cuts the denoiser's blocks where every row asks for "
-            "a picture (objective.loss null); all else lies whole on every rank"
-        )
-    blocks = list(getattr(generator.denoiser, "layers", ()))
-    found = parallelize(generator.denoiser, spread, blocks, device)
-    return Layout(spread, {f"denoiser.{name}": place for name, place in found.places.items()})
+    return of_denoiser(parallelize(generator.denoiser, spread, blocks_of(generator), device))
+
+
+def blocks_of(generator: Generator) -> list[torch.nn.Module]:
+    """What ``data: fsdp`` cuts."""
+    return list(getattr(generator.denoiser, "layers", ()))
+
+
+def of_denoiser(found: Layout) -> Layout:
+    """Places of a denoiser's parameters under the names that they have in the generator."""
+    return Layout(found.plan, {f"denoiser.{name}": place for name, place in found.places.items()})
 
 
 main_config = partial(started, run, GeneratorRunConfig)

@@ -19,7 +19,7 @@ from accessory.parallel.layout import ParallelConfig
 from accessory.peft.quantize import Quantization, targets
 from accessory.train.config import TrainConfig
 from accessory.train.hardware import Machine
-from accessory.train.optim import hidden_matrix
+from accessory.train.optim import moment_bytes
 from accessory.train.stages import Net, Rows, Stages
 from accessory.train.trace import Op, Part, Setting
 
@@ -137,7 +137,7 @@ class Planner:
     def __init__(self, net: MLLM, spec: Quantization | None, train: TrainConfig, rows: Rows, machine: Machine) -> None:
         self.net, self.spec, self.train, self.rows, self.machine = net, spec, train, rows, machine
         narrow = train.precision == "bf16" and (not machine.cpu or train.cpu_autocast)
-        self.setting, self._stages = Setting(narrow, machine.cpu), Net(net, spec, getattr(train, "loss_chunk", None))
+        self.setting, self._stages = Setting(narrow, machine.cpu), Net(net, spec, train.loss_chunk)
 
     def stages(self, choice: Choice) -> Stages:
         """The parts of a micro-batch."""
@@ -203,7 +203,7 @@ class Planner:
             if not p.requires_grad:
                 continue
             gradients += FULL * own
-            moments += FULL * own * (1 if self.train.optimizer == "muon" and hidden_matrix(name, p) else 2)
+            moments += moment_bytes(self.train, name, p, own)
             moments += FULL * own if p.dtype != torch.float32 else 0  # its master
             average += FULL * own if self.train.ema is not None else 0
             trained += own
@@ -334,17 +334,20 @@ def _waiting(sent: Sent, choice: Choice, machine: Machine, hidden: float) -> flo
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 
-def choices(train: TrainConfig, backbone: LlamaConfig, ranks: int, machine: Machine, whole: bool) -> list[Choice]:
+def choices(
+    train: TrainConfig, backbone: LlamaConfig, ranks: int, machine: Machine, whole: bool, spec: Quantization | None
+) -> list[Choice]:
     """Every layout of ``ranks`` devices that divides: tensor x data x checkpointing x rows at once.
 
-    ``whole``: the objective needs whole parameters and blocks that are run once (disjoint groups).
+    ``whole``: the objective needs whole parameters and blocks that are run once (disjoint groups). ``spec``: how the
+    backbone is quantised.
 
     Raises:
         ValueError: when no number of copies divides the update, naming it.
     """
     found = [
         Choice(ranks, ParallelConfig(tensor, data), again, batch, each // batch)
-        for tensor in _tensors(train, backbone, ranks, machine)
+        for tensor in _tensors(train, backbone, ranks, machine, spec)
         for copies in [ranks // tensor]
         for each in [_each(train, copies)]
         for data in _data(train, copies, whole)
@@ -358,17 +361,23 @@ def choices(train: TrainConfig, backbone: LlamaConfig, ranks: int, machine: Mach
     return found
 
 
-def _tensors(train: TrainConfig, c: LlamaConfig, ranks: int, machine: Machine) -> Iterator[int]:
+def _tensors(
+    train: TrainConfig, c: LlamaConfig, ranks: int, machine: Machine, spec: Quantization | None
+) -> Iterator[int]:
     sizes = [c.n_heads, c.kv_heads, c.hidden_width, c.dim, *([] if c.tie_embeddings else [c.vocab_size])]
-    for tensor in range(1, 1 if train.optimizer == "muon" else min(ranks, machine.per_node) + 1):
+    yield 1
+    if train.optimizer == "muon" or (spec is not None and spec.embeddings):
+        return
+    if spec is not None and spec.kind != "int8":  # weights that share a scale stay together
+        sizes += [size // spec.group for size in (c.n_heads * c.head_width, c.hidden_width)]
+    for tensor in range(2, min(ranks, machine.per_node) + 1):
         if ranks % tensor == 0 and not any(size % tensor for size in sizes):
             yield tensor
-    if train.optimizer == "muon":
-        yield 1
 
 
 def _data(train: TrainConfig, copies: int, whole: bool) -> tuple[Literal["ddp", "fsdp"], ...]:
-    return ("ddp",) if copies == 1 or whole or train.optimizer == "muon" else ("ddp", "fsdp")
+    never = whole or train.optimizer == "muon" or train.loss_chunk is not None  # as TrainConfig has it
+    return ("ddp",) if copies == 1 or never else ("ddp", "fsdp")
 
 
 def _each(train: TrainConfig, copies: int) -> int:

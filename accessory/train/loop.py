@@ -27,7 +27,7 @@ from accessory.train.ema import Average
 from accessory.train.metrics import Clock, Metrics, Window, source_names
 from accessory.train.optim import Optimizer, check_names, learning_rate, trained_buffers
 from accessory.train.parts import PartNorms, PartObjective, RestingObjective
-from accessory.train.saving import Saver, compare, restore
+from accessory.train.saving import Saver, alone, compare, restore
 from accessory.train.signals import Interrupts
 
 if TYPE_CHECKING:  # the loop takes any objective; importing ours would import the models
@@ -93,7 +93,8 @@ def train(
         TrainingDiverged: for a loss or gradient that is not finite, naming the last good checkpoint and the samples.
         CheckpointError: when a checkpoint cannot be written or resumed.
     """
-    return Trainer(model, source, objective, config, hooks or Hooks(), resume).run()
+    with alone(config.output_dir):
+        return Trainer(model, source, objective, config, hooks or Hooks(), resume).run()
 
 
 class Trainer:
@@ -272,7 +273,8 @@ class Trainer:
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         on = self.device.type == "cuda" or self.config.cpu_autocast
         if self.config.precision == "bf16" and on:
-            # Without its cache: every weight is used once, and copies of all of them would live through the forward.
+            # Without its cache, in which copies of all weights that train would live through the forward. Nearly all
+            # are used once; where train.loss_chunk uses the output again, it is cast again.
             return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 

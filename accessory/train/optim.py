@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from accessory.parallel import groups
 from accessory.parallel.layout import Layout, local
-from accessory.train.adamw8bit import AdamW8bit
+from accessory.train.adamw8bit import BLOCK, SMALL, AdamW8bit
 from accessory.train.config import TrainConfig
 
 # Parts of a dotted name that mark a parameter as a vector or a gate in spirit, whatever its shape.
@@ -55,6 +55,13 @@ def learning_rate(config: TrainConfig, step: int, elapsed: float) -> float:
     if c.schedule_by == "time" and c.max_seconds is not None:
         done = max(done, elapsed / c.max_seconds)
     return _cosine(c.lr, c.min_lr, done)
+
+
+def moment_bytes(config: TrainConfig, name: str, parameter: Tensor, number: int) -> int:
+    """Bytes that the moments of ``number`` entries of a parameter take on a rank."""
+    if config.optimizer == "adamw8bit" and number >= SMALL:
+        return 2 * (number + 4 * -(-number // BLOCK))
+    return 4 * number * (1 if config.optimizer == "muon" and hidden_matrix(name, parameter) else 2)
 
 
 def hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -172,12 +179,15 @@ class Optimizer:
                 own.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments named ``<moment>/<parameter>``, in fp32: those of a byte each lose nothing on the way."""
+        """Moments named ``<moment>/<parameter>``, in fp32: those of a byte each lose nothing on the way, which is in
+        main memory, for there may be no room for them on the device."""
         owner = self._owner()
         out: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             stepper = owner[name]
-            moments = stepper.moments(master) if isinstance(stepper, AdamW8bit) else stepper.state[master]
+            moments = stepper.state[master]
+            if isinstance(stepper, AdamW8bit):
+                moments = {key: value.cpu() for key, value in stepper.moments(master).items()}
             out |= {f"{key}/{name}": value for key, value in moments.items()}
         return out
 

@@ -23,11 +23,9 @@ from accessory.models.skeleton import absent, resolved, skeleton
 from accessory.peft.quantize import Quantization
 from accessory.schema import Batch
 from accessory.train.config import TrainConfig
-from accessory.train.optim import Optimizer
+from accessory.train.optim import Optimizer, moment_bytes
 from accessory.train.run import RunConfig, grouped, sources_file, trained_parts
 
-# Bytes of a number that trains: itself, its gradient and two moments, in fp32 but for moments of a byte each.
-TRAINED = {"adamw8bit": 10}
 # The pictures that a model is asked about: a square and one of twice the width, both larger than any canvas.
 SHAPES = {"square": (4096, 4096), "2:1": (4096, 2048)}
 
@@ -59,6 +57,7 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
     net, model = skeleton(config.model), resolved(config.model)
     parts = {name: (total, trained) for name, (trained, total) in trained_parts(net).items()}
     frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
+    trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     Optimizer(net, config.train)  # complains about group patterns, as the next line about those of rows
     grouped(config, _nothing, net)
     spec = config.model.quantization or model.quantization
@@ -76,7 +75,7 @@ def outline(config: RunConfig, folder: Path = Path()) -> Outline:
         parts,
         seen,
         limit,
-        frozen + TRAINED.get(config.train.optimizer, 16) * sum(trained for _, trained in parts.values()),
+        frozen + sum(8 * p.numel() + moment_bytes(config.train, n, p, p.numel()) for n, p in trained),
         tuple(source for _, source in found),
         tuple(problem for problem in gone if problem is not None),
         config.train,

@@ -48,7 +48,9 @@ def planned(config: RunConfig, ranks: int, machine: Machine, said: Mapping[str, 
     if ranks > machine.per_node and ranks % machine.per_node:
         raise ValueError(f"--gpus {ranks}: beyond one node it is a multiple of its {machine.per_node} devices")
     net, model = skeleton(config.model), resolved(config.model)
-    rows = Rows(**{"batch": 1, "length": model.dialogues[1], "pictures": int(net.tower is not None), **said})  # type: ignore[arg-type]
+    packing = config.data.packing
+    length = model.dialogues[1] if packing is None else packing.length
+    rows = Rows(**{"batch": 1, "length": length, "pictures": int(net.tower is not None), **said})  # type: ignore[arg-type]
     if rows.pictures and net.tower is None:
         raise ValueError(f"--pictures {rows.pictures}: this model does not see")
     if rows.length < (least := rows.pictures * net.positions_per_tile + 2):
@@ -56,13 +58,14 @@ def planned(config: RunConfig, ranks: int, machine: Machine, said: Mapping[str, 
     spec = config.model.quantization or model.quantization
     planner = Planner(net, spec, config.train, rows, machine)
     whole = bool(config.objective.disjoint)
-    found = choices(config.train, net.backbone.config, ranks, machine, whole)
+    found = choices(config.train, net.backbone.config, ranks, machine, whole, spec)
     budgets = tuple(_first(planner, group) for group in _alike(found))
     fitting = [b for b in budgets if not b.lack]
     best = max(fitting, key=lambda b: b.tokens_per_second) if fitting else None
     aside = {
         "the alignment of pictures (objective.align)": config.objective.align is not None,
         "routing losses and uneven experts": net.backbone.config.moe is not None,
+        "borders between the rows of a pack, and pictures beyond --pictures": packing is not None,
         "train.compile, which joins small calls": config.train.compile,
     }
     return Planned(planner, ranks, budgets, best, tuple(what for what, there in aside.items() if there))

@@ -109,7 +109,7 @@ def run(
     model, objective = assemble(config, cache, later=spread)
     minimised = grouped(config, objective, model.net)
     # What a checkpoint holds replaces the whole start, so a resumed run needs its init no more.
-    fresh = checkpoint.resolve(resume, config.train.output_dir) is None
+    fresh = checkpoint.resolve(resume, config.train.output_dir, repair=not dry_run) is None
     if config.init is not None and fresh:
         warm_start(model.net, build.base_folder(config.init))
     layout = Layout()

@@ -5,8 +5,12 @@ And where data and random numbers go on after a resume, on as many ranks as befo
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -123,8 +127,50 @@ def restore(source: _Source, ranks: Sequence[Mapping[str, Any]], path: Path) -> 
         source.load_state_dict(ranks[mine]["data"])
     elif isinstance(source, DealtSource):
         source.load_state_dict(source.dealt_anew([rank["data"] for rank in ranks]))
-        LOG.info("%s: %d data ranks then, %d now; what was not read yet is dealt anew", path, len(ranks), count)
+        LOG.warning(
+            "%s: %d data ranks then, %d now; what was not read yet is dealt anew. Only with train.global_batch is an "
+            "update as large as it was", path, len(ranks), count,
+        )  # fmt: skip
     else:
         raise CheckpointError(f"{path} was made by {len(ranks)} data ranks, this run has {count}")
     if mine < len(ranks):  # one that is new draws as its seed says
         rng.restore(ranks[mine]["rng"])
+
+
+# --- one run a folder ----------------------------------------------------------------------------------------------
+
+PATIENCE = 15.0
+"""Seconds in which the workers of a run that was killed notice it and let its folder go."""
+
+
+def _locked(folder: int) -> bool:
+    """Whether an open folder is ours now. The lock goes with the process, however that ends."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def alone(output_dir: str | Path) -> Iterator[None]:
+    """Be the only run that writes into ``output_dir``: two would prune and replace each other's checkpoints.
+
+    Raises:
+        CheckpointError: on every rank, where another run does.
+    """
+    with contextlib.ExitStack() as held:
+        with checkpoint.together():
+            if groups.rank() == 0:
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                folder = os.open(output_dir, os.O_RDONLY)
+                held.callback(os.close, folder)
+                limit = time.monotonic() + PATIENCE
+                while not _locked(folder):
+                    if time.monotonic() > limit:
+                        raise CheckpointError(
+                            f"another run is writing into {output_dir}; end it first (the processes of a launcher that "
+                            "was killed may still be there), or choose another output_dir"
+                        )
+                    time.sleep(0.2)
+        yield

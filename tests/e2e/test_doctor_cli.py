@@ -19,7 +19,6 @@ from accessory.data.sources import load_sources
 from accessory.data.survey import Place
 from accessory.peft.attach import LoraSpec
 from accessory.train.findings import CODES
-from accessory.train.run import RunConfig
 from accessory.vision.projector import Projector
 from tests.shards import write_tar
 from tests.tiny import tiny_model_dir
@@ -157,8 +156,10 @@ def test_what_is_healthy_passes(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_rows_are_limited_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = broken(tmp_path, {"conversations": said("Hi", "Yes")})
+    with (tmp_path / "squares.jsonl").open("a") as more:
+        more.writelines(json.dumps({"conversations": said(f"Is {i} odd?", str(i % 2))}) + "\n" for i in range(60))
     found = look(capsys, path, "--rows", "3", "--show", "0", "train.batch_size=2", "train.max_steps=1")
-    assert 3 <= found.facts["sources"][0]["read"] < 7
+    assert 3 <= found.facts["sources"][0]["read"] < 30
     assert found.facts["samples"] == []
     assert found.codes == {"unseen"}
     assert main(["doctor", str(path), "--rows", "-1"]) == 2
@@ -379,22 +380,20 @@ def test_dialogues_with_pictures_to_draw(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_rows_of_a_stream_are_those_that_the_run_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is broken in the last shard is found with its shard and key, though few rows are read."""
+    """Of any shard, and what is broken is named with shard and key."""
     path = write_squares(tmp_path, 8)
-    picture, whole = (tmp_path / "red.png").read_bytes(), {0: 40, 1: 40, 2: 40}
-    for shard, count in whole.items():
-        rows = [{"png": picture if (shard, i) != (2, 7) else b"no picture", "txt": b"red"} for i in range(count)]
+    picture = (tmp_path / "red.png").read_bytes()
+    for shard in range(3):
+        rows = [{"png": b"torn" if (shard, i) == (2, 7) else picture, "txt": b"red"} for i in range(40)]
         write_tar(tmp_path / f"s-{shard}.tar", rows)
-    source = "{kind: describe, format: webdataset, path: 's-{0..2}.tar', stream: {buffer: 8}}"
-    (tmp_path / "data.yaml").write_text(f"sources:\n  - {source}\n")
-    config = configuration.load(path, RunConfig, ["data.max_bad_rate=0.5"])
-    mixture = Mixture(load_sources(tmp_path / "data.yaml", cache=tmp_path / "cache"), config.train.seed)
-    assert mixture.first(0, 120) == list(range(120))
-    found = look(capsys, path, "data.max_bad_rate=0.5", "cache=" + str(tmp_path / "cache"))
+    source = "- {kind: describe, format: webdataset, path: 's-{0..2}.tar', stream: {buffer: 8}}"
+    (tmp_path / "data.yaml").write_text(f"sources:\n  {source}\n")
+    mixture = Mixture(load_sources(tmp_path / "data.yaml", cache=tmp_path / "cache"), 0)  # as the experiment's seed
+    options = ("data.max_bad_rate=0.5", f"cache={tmp_path / 'cache'}")
+    found = look(capsys, path, *options)
     assert f"{tmp_path / 's-2.tar'}: 000007" in found.text("unreadable")
     assert found.facts["sources"][0]["read"] == 120
-    few = look(capsys, path, "data.max_bad_rate=0.5", "cache=" + str(tmp_path / "cache"), "--rows", "30")
+    few = look(capsys, path, *options, "--rows", "30")
     drawn = mixture.first(0, few.facts["sources"][0]["read"])
-    assert len(drawn) < 60
     assert min(drawn) >= 40, "of another shard than the first"
     assert (87 in drawn) == ("unreadable" in few.codes)

@@ -38,6 +38,8 @@ def checkout(folder: Path, *, real: bool) -> dict[str, str]:
     env |= slurm.install(folder)
     if real:
         return env | {"ACCESSORY_VENV": sys.prefix, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in ("a", "b", "waits", "goes", "fails"):
+        (folder / f"{name}.yaml").touch()
     for name in ("python", "torchrun"):
         (folder / "bin" / name).write_text(PROGRAM)
         (folder / "bin" / name).chmod(0o755)
@@ -110,6 +112,9 @@ def test_how_many_processes(tmp_path: Path) -> None:
     code, said, none = calls(tmp_path, {**env, "NNODES": "3"}, "a.yaml")
     assert (code != 0, "MASTER_ADDR names the machine" in said, none) == (True, True, [])
     assert calls(tmp_path, env)[0] == 2
+    own = calls(tmp_path, env, "a.yaml", "data.sources=mine.yaml")[2]
+    assert own == [single[0].replace("train.lr=1", "data.sources=mine.yaml")]
+    assert calls(tmp_path, env, "a.yaml", "typo.yaml") == (2, "error: there is no experiment typo.yaml\n", [])
 
 
 @pytest.mark.parametrize("stop", [True, False])

@@ -171,7 +171,7 @@ def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 MISSPELT = {
     "train x.yaml --dry-rum": "--dry-run", "chat --modle x": "--model", "evaluate --model x --taks y": "--tasks",
     "generate --promt=x": "--prompt", "fetch -lits": "--list", "convert a b --quantise=int4": "--quantize",
-    "plan x --bacth 2": "--batch",
+    "plan x --bacth 2": "--batch", "doctor x.yaml --strickt": "--strict",
 }  # fmt: skip
 
 

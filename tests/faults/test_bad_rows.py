@@ -51,7 +51,7 @@ def test_bad_rows_are_skipped_and_booked(tmp_path: Path, encoder: Encoder, worke
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_rows_stop_the_run(tmp_path: Path, encoder: Encoder, workers: int) -> None:
     made = Loader(mixture(tmp_path, 300, set(range(0, 300, 10))), encoder, 5, num_workers=workers)
-    with pytest.raises(ValueError, match=r"\d+ of 2\d\d rows were rejected, the limit is 5%"):
+    with pytest.raises(ValueError, match=r"\d+ of 2\d\d draws were of rows that are rejected, data.max_bad_rate is 5%"):
         list(itertools.islice(made, 1000))
 
 
@@ -101,7 +101,7 @@ def test_a_small_set_stops_too(tmp_path: Path, encoder: Encoder, caplog: pytest.
     mixture(tmp_path, 8, {2, 5})
     train = TrainConfig(output_dir=str(tmp_path), max_steps=1, lr=1.0, batch_size=2)
     made = open_loader(DataConfig("data.yaml", workers=0), train, encoder, 8, tmp_path, None)
-    with pytest.raises(ValueError, match="2 of 8 rows were rejected"):
+    with pytest.raises(ValueError, match="2 of 8 draws were of rows that are rejected"):
         list(itertools.islice(made, 20))
     report_rejected(made.ledger)
     assert f"2 of 8 rows rejected, see {tmp_path / 'rejected.jsonl'}" in caplog.text

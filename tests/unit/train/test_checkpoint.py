@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from accessory.train import checkpoint, rng
+from accessory.train import checkpoint, rng, saving
 from accessory.train.checkpoint import Checkpoint, CheckpointError
 from accessory.train.signals import Interrupts
 
@@ -130,6 +130,54 @@ def test_what_a_save_replaces_is_never_gone(tmp_path: Path, monkeypatch: pytest.
     checkpoint.save(tmp_path, 5, made(2))
     assert torch.equal(checkpoint.load(path).optimizer["exp_avg/a"], made(2).optimizer["exp_avg/a"])
     assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_who_only_looks_takes_nothing_from_a_run_that_is_saving(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 3, made(1))
+    live, own = tmp_path / ".step-000006.partial", tmp_path / ".notes.partial"
+    live.mkdir()
+    own.write_text("mine")
+    assert checkpoint.resolve("auto", tmp_path, repair=False) == path
+    with pytest.raises(checkpoint.CheckpointError, match="exists: continue it"):
+        checkpoint.resolve(None, tmp_path)
+    assert live.is_dir()
+    assert checkpoint.resolve("auto", tmp_path) == path
+    assert not live.exists()
+    assert own.read_text() == "mine"
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "PATIENCE", 0.3)
+    with saving.alone(tmp_path):
+        with (
+            pytest.raises(checkpoint.CheckpointError, match="another run is writing into"),
+            saving.alone(tmp_path),
+        ):
+            raise AssertionError
+        with saving.alone(tmp_path / "another"):
+            pass
+    with saving.alone(tmp_path):
+        pass
+
+
+def test_what_is_exported_may_be_read_by_others(tmp_path: Path) -> None:
+    checkpoint.write_folder(tmp_path / "final", {"x.safetensors": {"a": torch.ones(2)}}, {"run.yaml": "a: 1"})
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "final").iterdir()}
+    assert modes["x.safetensors"] == 0o644 == modes["run.yaml"]
+
+
+def test_a_file_that_cannot_be_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint.save(tmp_path, 5, made(1))
+    before = checkpoint.save(tmp_path, 6, made(1))
+    real = checkpoint._fact
+
+    def fact(file: Path) -> object:
+        if file.parent == before and file.name == "state.json":
+            raise OSError("Input/output error")
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "_fact", fact)
+    assert checkpoint.sound("auto", tmp_path) == path
 
 
 def test_generators_go_back(tmp_path: Path) -> None:

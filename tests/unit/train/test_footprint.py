@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from accessory.models.build import ProjectorConfig
 from accessory.peft.attach import LoraSpec, TrainSpec
+from accessory.train.adamw8bit import AdamW8bit
 from accessory.train.config import EmaConfig, TrainConfig
 from accessory.train.footprint import Shape, activations, kept, memory, standing
 from accessory.train.optim import Optimizer
@@ -60,3 +62,15 @@ def test_the_optimizer_by_its_own_count(tmp_path: Path) -> None:
     assert made.weights == sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
     assert made.certain == made.total == made.weights + made.gradients + made.optimizer
     assert memory(CPU) > 10**8
+
+
+def test_moments_of_a_byte_are_counted_as_they_are_held() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(512, 300), torch.nn.Linear(300, 7))
+    few = replace(TRAIN, optimizer="adamw8bit")
+    optimizer = Optimizer(net, few)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.1)
+    [stepper] = [s for s in optimizer.steppers if isinstance(s, AdamW8bit)]
+    assert standing(net, few).optimizer == pytest.approx(stepper.nbytes(), rel=0.002)
+    assert standing(net, replace(few, optimizer="adamw")).optimizer > 3.5 * stepper.nbytes()

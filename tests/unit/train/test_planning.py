@@ -156,17 +156,17 @@ def test_kinds() -> None:
 def test_choices() -> None:
     train = TrainConfig("out", 10, 1e-3, 4, global_batch=32)
     backbone = steps.planned(TINY, CPU)[0].net.backbone.config
-    found = choices(train, backbone, 4, KINDS["H100"], False)
+    found = choices(train, backbone, 4, KINDS["H100"], False, None)
     assert {c.parallel.tensor for c in found} == {1, 2}  # of four key/value heads there are two
     assert all(c.batch * c.accumulation * c.copies == 32 for c in found)
     assert {(c.parallel.data, c.checkpointing) for c in found if c.copies > 1} == {
         ("ddp", False), ("ddp", True), ("fsdp", False), ("fsdp", True)
     }  # fmt: skip
-    assert all(c.parallel.data == "ddp" and not c.checkpointing for c in choices(train, backbone, 4, CPU, True))
-    alone = {c.parallel for c in choices(replace(train, optimizer="muon"), backbone, 4, CPU, False)}
+    assert all(c.parallel.data == "ddp" and not c.checkpointing for c in choices(train, backbone, 4, CPU, True, None))
+    alone = {c.parallel for c in choices(replace(train, optimizer="muon"), backbone, 4, CPU, False, None)}
     assert alone == {ParallelConfig()}
     with pytest.raises(ValueError, match=r"train.global_batch 32 is not a multiple .* --gpus 3"):
-        choices(train, backbone, 3, KINDS["H100"], False)
+        choices(train, backbone, 3, KINDS["H100"], False, None)
 
 
 def test_the_best_fits_and_what_does_not_says_why(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_best_fits_and_what_does_not_says_why(tmp_path: Path) -> None:
     assert large.best is not None
     assert large.best.tokens_per_second == max(b.tokens_per_second for b in large.budgets)
     machine, planner = KINDS["H100"], large.planner
-    found = choices(config.train, planner.net.backbone.config, 2, machine, False)
+    found = choices(config.train, planner.net.backbone.config, 2, machine, False, None)
     needs = sorted(planner.budget(c).total for c in found)
     tight = replace(machine, memory=int((needs[0] + 1) / (1 - machine.efficiency.waste)) + 2)
     one = planned(config, 2, tight, {})

@@ -47,7 +47,7 @@ class Outcome:
     speed: float  # learned tokens a second
     step_s: float
     peak_mb: float
-    real: float  # share of the computed positions
+    real: float | None  # share of the computed positions; ours has no others, and says how full its packs are
     waited: float  # share of the time
     gflop: float
     curve: list[tuple[float, float]]
@@ -81,8 +81,8 @@ def work(name: str, setting: Setting, args: argparse.Namespace) -> Outcome:
     seconds, clock = args.seconds, time.process_time if args.cpu_time else time.perf_counter
     contender = CONTENDERS[name][1](setting)
     batches = contender.held_out(args.tested)
-    forget_peak()
     curve = [(0.0, contender.test(batches))]
+    forget_peak()
     trained, before, peak = 0.0, Tally(), 0.0
     began = wall = 0.0
     while trained < seconds or contender.tally.updates < WARM + 2:
@@ -92,9 +92,10 @@ def work(name: str, setting: Setting, args: argparse.Namespace) -> Outcome:
         wall += time.perf_counter() - shown if contender.tally.updates > WARM else 0.0
         if contender.tally.updates == WARM:
             before, began = replace(contender.tally), trained
+        peak = max(peak, memory("VmHWM"))
         if trained >= seconds * len(curve) / TESTS:
-            peak = max(peak, memory("VmHWM"))
             curve.append((trained, contender.test(batches)))
+            forget_peak()  # the tests pad for all alike, and are none of the training
     tally = contender.tally
     learned, spent = tally.learned - before.learned, trained - began
     contender.close()
@@ -102,8 +103,8 @@ def work(name: str, setting: Setting, args: argparse.Namespace) -> Outcome:
         name,
         speed=learned / spent,
         step_s=spent / (tally.updates - before.updates),
-        peak_mb=max(peak, memory("VmHWM")),
-        real=tally.positions / tally.computed,
+        peak_mb=peak,
+        real=None if isinstance(contender, Ours) else tally.positions / tally.computed,
         waited=(tally.waited - before.waited) / wall,
         gflop=least_gflop(contender, tally),
         curve=curve,
@@ -144,11 +145,13 @@ def show(kind: str, rounds: Sequence[Sequence[Outcome]], gflops: float) -> None:
             best = [reached(o.curve, t) for o, t in zip(own, targets, strict=True)]
             pairs = [t / b for t, b in zip(times, best, strict=True) if t is not None and b]
             sooner = f"{median(pairs):.2f}" if pairs else "-"
+        shares = [x.real for x in column if x.real is not None]
+        real = f"{median(shares):.1%}" if shares else "-"
         title, step = CONTENDERS[column[0].contender][0], median([x.step_s for x in column])
         print(
             f"| {title} | {speed:.1f} | {faster} | {step:.2f} "
             f"| {median(taken):.1f} s | {sooner} | {median([x.peak_mb for x in column]):.0f} "
-            f"| {median([x.real for x in column]):.1%} | {median([x.waited for x in column]):.1%} "
+            f"| {real} | {median([x.waited for x in column]):.1%} "
             f"| {median([x.speed * x.gflop / gflops for x in column]):.1%} |"
         )
     gflop = median([x.gflop for column in columns for x in column])

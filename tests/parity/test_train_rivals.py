@@ -50,7 +50,6 @@ def test_all_begin_and_go_on_alike(setting: Setting, kind: str) -> None:
     tallies = {name: c.tally for name, c in contenders.items()}
     assert tallies["adapter"].computed == 6 * 4 * 96 > tallies["transformers"].computed
     assert tallies["adapter"].learned == tallies["transformers"].learned > 0
-    assert tallies["ours"].computed == tallies["ours"].positions
     trained = {name: sum(p.numel() for p in c.net.parameters() if p.requires_grad) for name, c in contenders.items()}
     assert trained["ours"] == trained["adapter"] == trained["accessory"] > 0
 

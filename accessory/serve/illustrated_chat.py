@@ -11,12 +11,15 @@ from typing import Literal
 
 import torch
 
+from accessory.backbone.fast import accelerate_for_cpu
 from accessory.backbone.generate import Sampling
-from accessory.models.build import Model
+from accessory.models.build import WEIGHTS_FILE, Model
 from accessory.models.conditioner import DreamConditioner
 from accessory.models.dream import Dream
+from accessory.models.encoder_store import file_digest
 from accessory.models.generator import Generator, find_generator, for_inference, load_generator
 from accessory.nn.cache import KVCache
+from accessory.parallel.groups import choose_device
 from accessory.schema import Part, Turn
 from accessory.serve import chat
 from accessory.serve.answer import Prompt
@@ -195,7 +198,24 @@ def load(
     Raises:
         ValueError: for folders that are none, and a model that cannot see pictures.
     """
-    where = find_generator(generator)  # first: a mistake should not cost the loading of a model
-    model = chat.load(folder, cache=cache, device=device, sampling=sampling, limits=limits)
-    drawing = for_inference(load_generator(where, cache=cache), next(model.model.net.parameters()).device)
-    return IllustratedModel(model, drawing, controls=controls)
+    where, found = find_generator(generator), chat.find_model(folder)  # first: mistakes should not cost a model
+    on = choose_device(device)
+    drawing = load_generator(where, cache=cache)
+    speaks = speaker(drawing, found)
+    if speaks is None:
+        model = chat.load(folder, cache=cache, device=device, sampling=sampling, limits=limits)
+        return IllustratedModel(model, for_inference(drawing, on), controls=controls)
+    drawing = for_inference(drawing, on)
+    accelerate_for_cpu(speaks.net.backbone)
+    return IllustratedModel(ChatModel(speaks, sampling=sampling, limits=limits), drawing, controls=controls)
+
+
+def speaker(generator: Generator, folder: Path) -> Model | None:
+    """The bridge's own language model, where that is the model of ``folder`` with something tuned on top: it was taught
+    to speak of what it draws, so it speaks in that one's place. None for all others."""
+    conditioner = generator.conditioner
+    if not isinstance(conditioner, DreamConditioner) or not conditioner.model.config.tuning:
+        return None
+    weights = folder / WEIGHTS_FILE
+    same = weights.is_file() and file_digest(weights) == conditioner.model.config.base_sha256
+    return conditioner.model if same else None

@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from accessory.__main__ import main
+from accessory.models.build import ModelConfig
+from accessory.models.conditioner import DreamConditioner
+from accessory.models.generator import save_generator
+from accessory.models.generator_config import DreamSource
+from accessory.peft.attach import LoraSpec
 from accessory.serve.illustrate import ImageDone, ImagePreview, ImageStart, TextDelta
 from accessory.serve.illustrated_chat import load
 from accessory.serve.pictures import draw, load_records
-from tests.tiny_generator import tiny_generator_dir
+from tests.tiny import tiny_model_dir
+from tests.tiny_generator import DREAM, PROFILE, tiny_generator, tiny_generator_dir
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,28 @@ def test_answers_hold_pictures_as_files_with_their_log(
     assert said.out.count(".png]") == 1
     assert "'often' is not one of auto, always, never" in said.err
     assert "/pictures auto|always|never" in said.out
+
+
+def test_a_model_that_was_taught_to_speak_of_what_it_draws_speaks(tmp_path: Path) -> None:
+    """Its own tuning stands on the chat model's folder; beside another folder it is a stranger, as any other is."""
+    folder = tiny_model_dir(tmp_path)
+    model = ModelConfig(base=str(folder), tuning=(LoraSpec(rank=2),))
+    drawing = tiny_generator(tmp_path, "dream", conditioner=DreamSource(model, DREAM, PROFILE))
+    assert isinstance(drawing.conditioner, DreamConditioner)
+    with torch.no_grad():
+        for name, p in drawing.conditioner.dream.net.named_parameters():
+            if ".delta." in name:
+                p.normal_()
+    save_generator(drawing, tmp_path / "draws")
+    made = load(folder, tmp_path / "draws", device="cpu")
+    assert made.dream is not None
+    assert made.model.net is made.dream.net
+    deltas = [p for name, p in made.model.net.named_parameters() if ".delta.b" in name]
+    assert deltas
+    assert all(bool(p.any()) for p in deltas)
+    (tmp_path / "other").mkdir()
+    stranger = tiny_model_dir(tmp_path / "other", tuning=(LoraSpec(rank=2),))
+    assert load(stranger, tmp_path / "draws", device="cpu").dream is None
 
 
 def test_no_generator_is_one_clear_line(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
